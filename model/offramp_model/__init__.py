@@ -1,0 +1,1 @@
+"""Multi-exit encoders: what training writes and the service reads."""

@@ -1,1 +1,53 @@
-"""Multi-exit encoders: what training writes and the service reads."""
+"""Multi-exit encoders: what training writes and the service reads.
+
+It imports torch, tokenizers and the kernels; never transformers, a web library or a metrics
+library.
+"""
+
+from offramp_model.calibration import CalibrationTable, CurvePoint
+from offramp_model.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Manifest,
+    load_checkpoint,
+    update_manifest,
+    write_checkpoint,
+)
+from offramp_model.config import MultiExitConfig
+from offramp_model.layer_loop import LayerStack, Leavers, layer_loop, start_rows
+from offramp_model.policies import POLICIES, Decision, ExitPolicy, HeadOutput, make_policy, never
+from offramp_model.recorded import RecordedExits, record_exits, replay
+from offramp_model.rows import ActiveRows, Encoding, PackedTokens, RowSettings, TokenBatch
+from offramp_model.tokenizer import InputTooLong, TextTokenizer
+
+__all__ = [
+    "POLICIES",
+    "ActiveRows",
+    "CalibrationTable",
+    "Checkpoint",
+    "CheckpointError",
+    "CurvePoint",
+    "Decision",
+    "Encoding",
+    "ExitPolicy",
+    "HeadOutput",
+    "InputTooLong",
+    "LayerStack",
+    "Leavers",
+    "Manifest",
+    "MultiExitConfig",
+    "PackedTokens",
+    "RecordedExits",
+    "RowSettings",
+    "TextTokenizer",
+    "TokenBatch",
+    "layer_loop",
+    "load_checkpoint",
+    "make_policy",
+    "never",
+    "record_exits",
+    "replay",
+    "start_rows",
+    "update_manifest",
+    "write_checkpoint",
+]

@@ -1,0 +1,283 @@
+"""Calibration: from recorded exits to a monotone table threshold → speed-up and accuracy.
+
+A table is measured on held-out rows, never on training rows, for one policy, backend and dtype.
+It is what gives the portable knob `speedup` its meaning. Nothing here runs an encoder or touches
+a file.
+
+The search is exact. A policy's signals do not depend on the threshold, so a row leaves at or
+before exit e exactly when the most favourable signal it has shown by then passes. One sort per
+exit therefore gives the speed-up of *every* threshold at which anything changes.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from offramp_model.policies import Direction, ExitPolicy, never
+from offramp_model.recorded import RecordedExits, RecordedStack
+from offramp_model.rows import ActiveRows, RowSettings
+from offramp_model.speed import count_exits, mean_exit_layer, speedup_ratio
+
+REQUESTED_SPEEDUPS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+"""The operating points that reports name."""
+
+_SLACK = 1e-9  # of a speed-up: a ratio of integers computed twice may differ in the last bit
+
+
+class CurvePoint(BaseModel):
+    """One operating point: a threshold and what it gave on the calibration rows.
+
+    `exit_counts` has one entry for each layer 1..L.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    threshold: float
+    speedup: Annotated[float, Field(ge=1.0)]
+    mean_exit_layer: Annotated[float, Field(ge=1.0)]
+    accuracy: Annotated[float, Field(ge=0.0, le=1.0)]
+    macro_f1: Annotated[float, Field(ge=0.0, le=1.0)]
+    exit_counts: tuple[int, ...]
+
+
+def point_for(points: tuple[CurvePoint, ...], speedup: float) -> CurvePoint:
+    """The point with the smallest speed-up that is at least the requested one.
+
+    Raises:
+        ValueError: the request is below 1 or beyond the last point.
+    """
+    if not 1.0 <= speedup <= points[-1].speedup + _SLACK:
+        raise ValueError(
+            f"speedup {speedup} is outside the calibrated range 1.0 to {points[-1].speedup:.4g}"
+        )
+    return points[bisect_left(points, speedup - _SLACK, key=lambda point: point.speedup)]
+
+
+class CalibrationTable(BaseModel):
+    """A policy's operating points on one backend and dtype, in order of speed-up.
+
+    The first point never leaves early. Thresholds are monotone in the speed-up, so a higher
+    request can never make a row leave later.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    policy: str
+    backend: str = "torch"
+    dtype: str = "float32"
+    split: str
+    rows: Annotated[int, Field(ge=1)]
+    data_fingerprint: str
+    points: Annotated[tuple[CurvePoint, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        speedups = [point.speedup for point in self.points]
+        if speedups[0] != 1.0 or speedups != sorted(speedups):
+            raise ValueError(f"{self.policy}: speed-ups must ascend from 1.0, got {speedups[:3]}…")
+        steps = np.diff([point.threshold for point in self.points[1:]])
+        if (steps > 0).any() and (steps < 0).any():
+            raise ValueError(f"{self.policy}: thresholds must be monotone in the speed-up")
+        if any(sum(point.exit_counts) != self.rows for point in self.points):
+            raise ValueError(f"{self.policy}: exit counts must add up to the {self.rows} rows")
+        return self
+
+    @property
+    def max_speedup(self) -> float:
+        """The largest speed-up that this policy reaches on the calibration rows."""
+        return self.points[-1].speedup
+
+    def point_for(self, speedup: float) -> CurvePoint:
+        """See `point_for`; 1.0 is the point that never leaves early."""
+        return point_for(self.points, speedup)
+
+    def threshold_for(self, speedup: float) -> float:
+        """The raw threshold that a requested speed-up stands for."""
+        return self.point_for(speedup).threshold
+
+
+@dataclass(frozen=True, slots=True)
+class ExitTrace:
+    """What a policy sees of each row at each exit, whatever the threshold.
+
+    `signal` float64 [E, N]; `can_leave` bool [E, N] (false for NaN signals and where the policy
+    never leaves); `label` int64 [E, N] if the row leaves there by the policy; `end_label` int64
+    [N] if it runs to the end without. `dtype` is the signal's own, in which it is compared.
+    """
+
+    signal: Tensor
+    can_leave: Tensor
+    label: Tensor
+    end_label: Tensor
+    exit_layers: tuple[int, ...]
+    direction: Direction
+    dtype: torch.dtype
+
+    def leaves(self, threshold: float) -> Tensor:
+        """bool [E, N]: would the row leave at this exit, had it come so far?"""
+        limit = torch.tensor(threshold, dtype=torch.float64).to(self.dtype).double()
+        passes = {
+            "below": self.signal < limit,
+            "above": self.signal > limit,
+            "at_least": self.signal >= limit,
+        }[self.direction]
+        return passes & self.can_leave
+
+    def outcome(self, threshold: float) -> tuple[Tensor, Tensor]:
+        """Exit layer and label of each row, int64 [N] each: the layer loop, vectorised."""
+        leaves = self.leaves(threshold)
+        at_end = ~leaves.any(dim=0)
+        index = torch.where(at_end, leaves.shape[0] - 1, leaves.int().argmax(dim=0))
+        label = self.label.gather(0, index[None]).squeeze(0)
+        return torch.tensor(self.exit_layers)[index], torch.where(at_end, self.end_label, label)
+
+
+def trace(recorded: RecordedExits, policy: ExitPolicy) -> ExitTrace:
+    """Ask the policy at every exit about every row, once eager to leave and once never."""
+    stack = RecordedStack(recorded)
+
+    def ask(threshold: float) -> list[tuple[Tensor, Tensor, Tensor]]:
+        settings = RowSettings.uniform(recorded.num_rows, threshold, max_layer=stack.num_layers)
+        batch = stack.batch()
+        rows = ActiveRows(
+            hidden=stack.embed(batch),
+            row=batch.order,
+            threshold=settings.threshold,
+            min_layer=settings.min_layer,
+            max_layer=settings.max_layer,
+            alive=torch.ones(recorded.num_rows, dtype=torch.bool),
+            state=policy.initial_state(recorded.num_rows, stack.num_labels, "cpu"),
+        )
+        answers = []
+        for exit_layer in stack.exit_layers:
+            decision = policy.decide(exit_layer, stack.exit_head(exit_layer, rows.hidden), rows)
+            answers.append((decision.signal, decision.leaving, decision.label))
+        return answers
+
+    eager = ask(-never(policy))
+    return ExitTrace(
+        signal=torch.stack([signal for signal, _, _ in eager]).double(),
+        can_leave=torch.stack([leaving for _, leaving, _ in eager]),
+        label=torch.stack([label for _, _, label in eager]),
+        end_label=ask(never(policy))[-1][2],
+        exit_layers=recorded.exit_layers,
+        direction=policy.direction,
+        dtype=eager[0][0].dtype,
+    )
+
+
+def curve(
+    recorded: RecordedExits, labels: Tensor, policy: ExitPolicy, *, num_points: int = 200
+) -> tuple[CurvePoint, ...]:
+    """The policy's accuracy–speed curve on recorded rows with true labels int64 [N].
+
+    At most about `num_points` points, evenly spaced in log speed-up, plus those closest to the
+    speed-ups that reports name. The first point never leaves early.
+    """
+    seen = trace(recorded, policy)
+    thresholds = [never(policy), *spread_thresholds(seen, num_points)]
+    points = [_measure(seen, labels, threshold) for threshold in thresholds]
+    # Two thresholds of the same speed-up (only the last exit differs) are one point.
+    return tuple(
+        point
+        for index, point in enumerate(points)
+        if index == 0 or point.speedup > points[index - 1].speedup
+    )
+
+
+def spread_thresholds(seen: ExitTrace, num_points: int) -> list[float]:
+    """Thresholds that change something, from the strictest on, spread over the speed-ups."""
+    values, speedups = threshold_speedups(seen)
+    if not len(values):
+        return []
+    targets = np.geomspace(1.0, speedups[-1], num_points)
+    targets = np.union1d(targets, [s for s in REQUESTED_SPEEDUPS if s <= speedups[-1]])
+    chosen = np.unique(np.searchsorted(speedups, targets - _SLACK, side="left"))
+    return [float(values[index]) for index in chosen]
+
+
+def threshold_speedups(seen: ExitTrace) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Every threshold at which an exit changes, strictest first, and the speed-up it gives."""
+    layers = np.array(seen.exit_layers, dtype=np.float64)
+    rows = seen.signal.shape[1]
+    sign = 1.0 if seen.direction == "below" else -1.0
+    # Smaller is more eager; a row that cannot leave somewhere is never eager there.
+    cost = torch.where(seen.can_leave, sign * seen.signal, torch.inf)[:-1].numpy()
+    values = np.unique(cost[np.isfinite(cost)])
+    best = np.minimum.accumulate(cost, axis=0)
+    layers_run = np.full(len(values), rows * layers[0])
+    for exit_index, best_so_far in enumerate(best):
+        left = np.searchsorted(np.sort(best_so_far), values, side="right")
+        layers_run += (rows - left) * (layers[exit_index + 1] - layers[exit_index])
+    return _just_passing(sign * values, seen), rows * layers[-1] / layers_run
+
+
+def _just_passing(signals: NDArray[np.float64], seen: ExitTrace) -> NDArray[np.float64]:
+    """The strictest threshold that each signal passes, in the dtype in which they are compared."""
+    if seen.direction == "at_least":
+        return signals
+    towards = np.inf if seen.direction == "below" else -np.inf
+    if seen.dtype == torch.float64:
+        return np.nextafter(signals, towards)
+    in_float32: NDArray[np.float32] = np.nextafter(signals.astype(np.float32), np.float32(towards))
+    return in_float32.astype(np.float64)
+
+
+def _measure(seen: ExitTrace, labels: Tensor, threshold: float) -> CurvePoint:
+    exit_layer, predicted = seen.outcome(threshold)
+    return measure_point(threshold, exit_layer, predicted, labels, seen.exit_layers[-1])
+
+
+def measure_point(
+    threshold: float, exit_layer: Tensor, predicted: Tensor, labels: Tensor, num_layers: int
+) -> CurvePoint:
+    """Summarise where rows left and what they said; all tensors int64 [N]."""
+    counts = count_exits(exit_layer.tolist(), num_layers)
+    return CurvePoint(
+        threshold=threshold,
+        speedup=speedup_ratio(counts),
+        mean_exit_layer=mean_exit_layer(counts),
+        accuracy=float((predicted == labels).double().mean()),
+        macro_f1=macro_f1(predicted, labels),
+        exit_counts=counts,
+    )
+
+
+def macro_f1(predicted: Tensor, labels: Tensor) -> float:
+    """Unweighted mean of the F1 of every class that occurs among labels or predictions."""
+    scores = []
+    for label in sorted({*predicted.tolist(), *labels.tolist()}):
+        hits = int(((predicted == label) & (labels == label)).sum())
+        scores.append(2 * hits / int((predicted == label).sum() + (labels == label).sum()))
+    return math.fsum(scores) / len(scores)
+
+
+def layer_accuracies(recorded: RecordedExits, labels: Tensor) -> list[float]:
+    """Accuracy of every exit if all rows left there."""
+    predicted = recorded.logits.argmax(dim=-1)
+    right: list[float] = (predicted == labels).double().mean(dim=1).tolist()
+    return right
+
+
+def oracle(recorded: RecordedExits, labels: Tensor) -> tuple[float, float]:
+    """Speed-up and accuracy if each row left at its first right exit, else ran to the end."""
+    right = recorded.logits.argmax(dim=-1) == labels
+    found = right.any(dim=0)
+    index = torch.where(found, right.int().argmax(dim=0), right.shape[0] - 1)
+    exit_layer = torch.tensor(recorded.exit_layers)[index]
+    counts = count_exits(exit_layer.tolist(), recorded.num_layers)
+    return speedup_ratio(counts), float(found.double().mean())
+
+
+def reachable_speedups(points: Iterable[CurvePoint]) -> tuple[float, ...]:
+    """Those of the named speed-ups that a curve reaches."""
+    largest = max(point.speedup for point in points)
+    return tuple(s for s in REQUESTED_SPEEDUPS if s <= largest + _SLACK)

@@ -1,0 +1,290 @@
+"""Checkpoints on disk: what training writes, what the service reads, and every check between.
+
+A checkpoint is a directory that `AutoModel` and `AutoTokenizer` open, plus `exits.safetensors`
+(the exit heads) and `offramp.json` (the manifest). Only safetensors and JSON are ever read; there
+is no pickle and no code in a checkpoint. Writing goes to a temporary name and is renamed at the
+end, so a checkpoint is whole or absent.
+
+This module knows nothing about training, requests, or how tables are made.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from offramp_model.calibration import CalibrationTable
+from offramp_model.config import MultiExitConfig
+from offramp_model.encoder import PackedEncoder
+from offramp_model.heads import ExitHeads
+from offramp_model.policies import POLICIES
+from offramp_model.tokenizer import TextTokenizer
+
+FORMAT_VERSION = 1
+MANIFEST, BACKBONE, EXITS = "offramp.json", "model.safetensors", "exits.safetensors"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing something, damaged, or not what its manifest says."""
+
+
+class ObjectiveRecord(BaseModel):
+    """Which objective made the checkpoint, with every hyper-parameter of the recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    parameters: dict[str, JsonValue] = {}
+
+
+class DataRecord(BaseModel):
+    """What the checkpoint was trained on, and on which rows it may not be calibrated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    train_rows: Annotated[int, Field(ge=0)]
+    train_fingerprint: str
+    held_out_rows: Annotated[int, Field(ge=0)] = 0
+    held_out_fingerprint: str = ""
+
+
+class Manifest(BaseModel):
+    """`offramp.json`: everything about a checkpoint that is not a tensor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    format_version: Literal[1] = 1
+    model: MultiExitConfig
+    problem_type: Literal["single_label_classification"] = "single_label_classification"
+    exit_policy: str
+    objective: ObjectiveRecord
+    seed: int
+    data: DataRecord
+    versions: dict[str, str] = {}
+    sha256: dict[str, str] = {}
+    evaluation: dict[str, JsonValue] = {}
+    calibration: tuple[CalibrationTable, ...] = ()
+
+
+class Checkpoint:
+    """A verified checkpoint directory; weights are read when a stack is asked for."""
+
+    def __init__(self, directory: Path, manifest: Manifest, backbone: dict[str, Any]) -> None:
+        self.directory, self.manifest, self.backbone = directory, manifest, backbone
+
+    @property
+    def model(self) -> MultiExitConfig:
+        return self.manifest.model
+
+    @property
+    def version(self) -> str:
+        """Short content hash: changes with the weights, not with tables or reports."""
+        both = self.manifest.sha256[BACKBONE] + self.manifest.sha256[EXITS]
+        return hashlib.sha256(both.encode()).hexdigest()[:12]
+
+    def tokenizer(self) -> TextTokenizer:
+        return TextTokenizer(self.directory / TOKENIZER, self.model.max_length)
+
+    def stack(
+        self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> PackedEncoder:
+        """Read the weights as a `LayerStack`.
+
+        Raises:
+            CheckpointError: a tensor is missing or has the wrong shape.
+        """
+        heads = ExitHeads(self.model)
+        heads.load_state_dict(_read_tensors(self.directory / EXITS))
+        with safe_open(self.directory / BACKBONE, framework="pt") as tensors:
+            try:
+                stack = PackedEncoder(
+                    self.backbone, tensors.get_tensor, heads, self.model, device=device, dtype=dtype
+                )
+            except (ValueError, SafetensorError) as error:
+                raise CheckpointError(f"{self.directory / BACKBONE}: {error}") from error
+        if stack.max_positions < self.model.max_length:
+            raise CheckpointError(
+                f"max_length is {self.model.max_length}, but the backbone has positions for "
+                f"{stack.max_positions} tokens only"
+            )
+        return stack
+
+    def table(
+        self, policy: str, *, backend: str = "torch", dtype: str = "float32"
+    ) -> CalibrationTable:
+        """The calibration of a policy on a backend and dtype.
+
+        Raises:
+            CheckpointError: it was not calibrated; the message says what was.
+        """
+        for table in self.manifest.calibration:
+            if (table.policy, table.backend, table.dtype) == (policy, backend, dtype):
+                return table
+        there = [f"{t.policy}/{t.backend}/{t.dtype}" for t in self.manifest.calibration]
+        raise CheckpointError(
+            f"{self.directory} has no calibration of {policy}/{backend}/{dtype}; "
+            f"it has: {', '.join(there) or 'none'}. Run `offramp-train calibrate`."
+        )
+
+
+def load_checkpoint(directory: Path | str) -> Checkpoint:
+    """Open a checkpoint and check all that can be checked without running it.
+
+    Version, manifest, hashes, presence and shape of every exit head, label count and backbone
+    dimensions.
+
+    Raises:
+        CheckpointError: with the file at fault and what is wrong with it.
+    """
+    directory = Path(directory)
+    manifest = _read_manifest(directory / MANIFEST)
+    for name in (CONFIG, TOKENIZER, BACKBONE, EXITS):
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory} has no {name}: it is not a whole checkpoint")
+    for name in (BACKBONE, EXITS):
+        _check_hash(directory / name, manifest.sha256.get(name))
+    _check_heads(directory / EXITS, manifest.model)
+    backbone = _read_json(directory / CONFIG)
+    return Checkpoint(directory, manifest, backbone)
+
+
+def write_checkpoint(
+    directory: Path | str,
+    *,
+    fill: Callable[[Path], None],
+    exits: Mapping[str, Tensor],
+    manifest: Manifest,
+) -> None:
+    """Write a new checkpoint, whole or not at all.
+
+    Args:
+        directory: must not exist yet, or be an empty directory.
+        fill: writes `config.json`, the tokenizer's files and `model.safetensors` (and whatever
+            else belongs in it) into the directory that it is given.
+        exits: the state dict of the exit heads.
+        manifest: hashes are filled in here.
+
+    Raises:
+        CheckpointError: there is something at `directory` already, or the result would not load.
+    """
+    directory = Path(directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise CheckpointError(f"{directory} already exists and is not empty")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as name:
+        part = Path(name) / "checkpoint"
+        part.mkdir()
+        fill(part)
+        save_file({key: value.contiguous() for key, value in exits.items()}, part / EXITS)
+        hashes = {file: file_sha256(part / file) for file in (BACKBONE, EXITS)}
+        _write_manifest(part / MANIFEST, manifest.model_copy(update={"sha256": hashes}))
+        load_checkpoint(part).stack()
+        if directory.exists():
+            directory.rmdir()
+        part.rename(directory)
+
+
+def update_manifest(directory: Path | str, manifest: Manifest) -> None:
+    """Replace `offramp.json` at once; a reader sees the old one or the new one."""
+    _write_manifest(Path(directory) / MANIFEST, manifest)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".offramp.", suffix=".json")
+    part = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(manifest.model_dump_json(indent=1))
+            file.write("\n")
+        shutil.copymode(path, part) if path.exists() else part.chmod(0o644)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return content
+
+
+def _read_manifest(path: Path) -> Manifest:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} is not an offramp checkpoint: it has no {MANIFEST}")
+    content = _read_json(path)
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format_version {version!r}, this build reads 1")
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{path}: {where}: {first['msg']}") from error
+    if manifest.exit_policy not in POLICIES:
+        raise CheckpointError(
+            f"{path}: unknown exit_policy {manifest.exit_policy!r}; known: {', '.join(POLICIES)}"
+        )
+    return manifest
+
+
+def _check_hash(path: Path, expected: str | None) -> None:
+    if expected is None:
+        raise CheckpointError(f"{path.parent / MANIFEST} has no sha256 of {path.name}")
+    actual = file_sha256(path)
+    if actual != expected:
+        raise CheckpointError(
+            f"{path} is damaged or was replaced: sha256 {actual}, the manifest says {expected}"
+        )
+
+
+def _check_heads(path: Path, model: MultiExitConfig) -> None:
+    expected = {name: tuple(t.shape) for name, t in ExitHeads(model).state_dict().items()}
+    actual = {name: tuple(t.shape) for name, t in _read_tensors(path).items()}
+    for name in sorted(expected.keys() | actual.keys()):
+        if name not in actual:
+            raise CheckpointError(f"{path} has no tensor {name}; the manifest asks for it")
+        if name not in expected:
+            raise CheckpointError(f"{path} has a tensor {name} that the manifest does not know")
+        if actual[name] != expected[name]:
+            raise CheckpointError(
+                f"{path}: {name} has shape {actual[name]}, but {model.num_labels} labels and "
+                f"width {model.hidden_size} ask for {expected[name]}"
+            )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

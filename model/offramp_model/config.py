@@ -1,0 +1,70 @@
+"""What a multi-exit model is: depth, exits, heads and labels.
+
+Plain validated data. It knows nothing about weights, files, training or requests.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Pooling = Literal["cls", "mean"]
+Pooler = Literal["shared", "per_exit", "none"]
+
+
+class MultiExitConfig(BaseModel):
+    """The shape of a multi-exit classifier.
+
+    Exit layers are 1-based and ascending, and the last one is the last layer: every text has
+    left by then. `labels` is ordered by label id.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_layers: Annotated[int, Field(ge=1)]
+    hidden_size: Annotated[int, Field(ge=1)]
+    exit_layers: tuple[int, ...]
+    labels: tuple[str, ...]
+    pooling: Pooling = "mean"
+    pooler: Pooler = "none"
+    max_length: Annotated[int, Field(ge=2)] = 128
+    head_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.exit_layers:
+            raise ValueError("exit_layers is empty: a model needs at least its last exit")
+        if list(self.exit_layers) != sorted(set(self.exit_layers)) or self.exit_layers[0] < 1:
+            raise ValueError(
+                f"exit_layers {self.exit_layers} must be ascending, without repeats, from 1 on"
+            )
+        if self.exit_layers[-1] != self.num_layers:
+            raise ValueError(
+                f"the last exit is at layer {self.exit_layers[-1]}, "
+                f"but it must be at the last layer, {self.num_layers}"
+            )
+        if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels must be at least two different names, got {self.labels}")
+        return self
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes, C."""
+        return len(self.labels)
+
+    @property
+    def num_exits(self) -> int:
+        """Number of exit heads, E."""
+        return len(self.exit_layers)
+
+    def exit_index(self, exit_layer: int) -> int:
+        """0-based position of an exit layer among the exits.
+
+        Raises:
+            ValueError: there is no exit after that layer.
+        """
+        try:
+            return self.exit_layers.index(exit_layer)
+        except ValueError:
+            raise ValueError(
+                f"no exit after layer {exit_layer}; exits are after {self.exit_layers}"
+            ) from None

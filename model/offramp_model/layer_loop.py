@@ -1,0 +1,150 @@
+"""The heart: run a batch layer by layer and let each row leave at the first exit that is sure.
+
+Everything that answers from a checkpoint drives this one loop: the service, evaluation and the
+tests. It knows nothing of weights, devices, requests, futures or time; it sees a stack of
+segments, rows, and a policy.
+
+Deciding and compacting are separate. A decision latches a row's answer at the exit where it was
+made; compaction only stops carrying rows that already left, and no schedule of it can change an
+answer.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from offramp_model.policies import Decision, ExitPolicy, HeadOutput
+from offramp_model.rows import ActiveRows, PackedTokens, RowSettings, TokenBatch
+
+
+class LayerStack(Protocol):
+    """An encoder cut at its exits."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def num_labels(self) -> int: ...
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """1-based layers after which there is an exit head; the last is `num_layers`."""
+        ...
+
+    def embed(self, batch: TokenBatch) -> PackedTokens: ...
+
+    def segment(self, exit_layer: int, hidden: PackedTokens) -> PackedTokens:
+        """Run the layers after the previous exit, up to and with `exit_layer`."""
+        ...
+
+    def exit_head(self, exit_layer: int, hidden: PackedTokens) -> HeadOutput: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Leavers:
+    """Rows that left at one exit, and what remains to be known about that exit.
+
+    `row` int64 [k] indexes the batch as submitted; `label` int64 [k]; `logits` float32 [k, C];
+    `signal` [k]. `by_policy` bool [k] is false where the row was forced out by `max_layer` or by
+    the end of the model. `rows_run` counts the live rows that ran the segment up to this exit.
+    """
+
+    exit_layer: int
+    row: Tensor
+    label: Tensor
+    logits: Tensor
+    signal: Tensor
+    by_policy: Tensor
+    rows_run: int
+
+
+Compaction = Callable[[int, int, int], bool]
+"""(exit_layer, rows alive, rows carried) → compact now?"""
+
+Abandoned = Callable[[Tensor], Tensor]
+"""Submitted indices of live rows, int64 [n] → bool [n]: nobody waits for this answer any more."""
+
+
+def every_exit(exit_layer: int, alive: int, carried: int) -> bool:
+    """Compact whenever somebody left: right on CPU, where cost is linear in tokens."""
+    return alive < carried
+
+
+def start_rows(
+    stack: LayerStack, batch: TokenBatch, policy: ExitPolicy, settings: RowSettings
+) -> ActiveRows:
+    """Embed a batch and give every row its settings (in submitted order) and a fresh state."""
+    settings = settings.at(batch.order)
+    device = batch.order.device
+    return ActiveRows(
+        hidden=stack.embed(batch),
+        row=batch.order,
+        threshold=settings.threshold,
+        min_layer=settings.min_layer,
+        max_layer=settings.max_layer,
+        alive=torch.ones(batch.num_rows, dtype=torch.bool, device=device),
+        state=policy.initial_state(batch.num_rows, stack.num_labels, device),
+    )
+
+
+def layer_loop(
+    stack: LayerStack,
+    rows: ActiveRows,
+    policy: ExitPolicy,
+    *,
+    compact: Compaction = every_exit,
+    abandoned: Abandoned | None = None,
+) -> Iterator[Leavers]:
+    """Run `rows` through `stack`; yield the rows that leave at each exit, as they leave.
+
+    Every row is yielded exactly once, except those that `abandoned` gives up. The loop ends as
+    soon as nobody is left. `rows` is consumed.
+    """
+    for exit_layer in stack.exit_layers:
+        if abandoned is not None:
+            rows.alive = rows.alive & ~abandoned(rows.row)
+        # Here, and only here, the host learns how many rows are left.
+        alive = int(rows.alive.sum())
+        if alive == 0:
+            return
+        if compact(exit_layer, alive, rows.num_rows) and alive < rows.num_rows:
+            rows.keep(rows.alive)
+        rows.hidden = stack.segment(exit_layer, rows.hidden)
+        head = stack.exit_head(exit_layer, rows.hidden)
+        decision = policy.decide(exit_layer, head, rows)
+        leaving = _leaving(decision, rows, exit_layer, is_last=exit_layer == stack.num_layers)
+        rows.alive = rows.alive & ~leaving
+        if leavers := _leavers(exit_layer, leaving, head, decision, rows, alive):
+            yield leavers
+
+
+def _leaving(decision: Decision, rows: ActiveRows, exit_layer: int, *, is_last: bool) -> Tensor:
+    if is_last:
+        return rows.alive
+    sure = decision.leaving & (exit_layer >= rows.min_layer)
+    return rows.alive & (sure | (exit_layer >= rows.max_layer))
+
+
+def _leavers(
+    exit_layer: int,
+    leaving: Tensor,
+    head: HeadOutput,
+    decision: Decision,
+    rows: ActiveRows,
+    rows_run: int,
+) -> Leavers | None:
+    index = leaving.nonzero().squeeze(-1)
+    if index.shape[0] == 0:
+        return None
+    return Leavers(
+        exit_layer=exit_layer,
+        row=rows.row[index],
+        label=decision.label[index],
+        logits=head.logits[index].float(),
+        signal=decision.signal[index],
+        by_policy=decision.leaving[index] & (exit_layer >= rows.min_layer[index]),
+        rows_run=rows_run,
+    )

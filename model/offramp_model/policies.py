@@ -1,0 +1,258 @@
+"""Exit policies: from an exit's logits and a row's own threshold to "leave" or "stay".
+
+Every policy reduces what it has seen of a row to one scalar, the signal, and compares it with the
+row's threshold in the units and direction of its paper. Two rules are common to all and stand in
+one place, `_leaves`: the *exit* condition is what is computed, and a NaN signal never leaves.
+
+A policy knows nothing about layers to come, compaction, batching or calibration. `min_layer`,
+`max_layer` and the last layer are the layer loop's business.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from offramp_model import signals
+from offramp_model.config import MultiExitConfig
+from offramp_model.rows import ActiveRows
+
+Direction = Literal["below", "above", "at_least"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOutput:
+    """What an exit head says about each row: `logits` [n, C]."""
+
+    logits: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Per row: `leaving` bool [n], `label` int64 [n], and the compared `signal` [n]."""
+
+    leaving: Tensor
+    label: Tensor
+    signal: Tensor
+
+
+class ExitPolicy(Protocol):
+    """Decides at each exit which rows are sure enough to leave."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def direction(self) -> Direction:
+        """How a signal is compared: it leaves when `<` (below), `>` (above), `>=` (at_least)."""
+        ...
+
+    def initial_state(
+        self, count: int, num_labels: int, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        """The policy's memory for `count` new rows; every tensor's first dimension is `count`."""
+        ...
+
+    def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
+        """Compare at one exit, and bring `rows.state` up to date."""
+        ...
+
+
+def never(policy: ExitPolicy) -> float:
+    """The threshold with which no row leaves early: -inf for `below`, else +inf."""
+    return -torch.inf if policy.direction == "below" else torch.inf
+
+
+def _leaves(signal: Tensor, threshold: Tensor, direction: Direction) -> Tensor:
+    """The exit condition, in the signal's own dtype (0.9 in float32 is below 0.9 in float64).
+
+    Comparisons with NaN are false, so a NaN signal stays; "stay" is never what is computed.
+    """
+    limit = threshold.to(signal.dtype)
+    if direction == "below":
+        return signal < limit
+    if direction == "above":
+        return signal > limit
+    return signal >= limit
+
+
+class _Memoryless:
+    """A policy that looks at one exit at a time."""
+
+    __slots__ = ()
+
+    def initial_state(
+        self, count: int, num_labels: int, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class FullDepthPolicy(_Memoryless):
+    """Never early. The signal is the largest probability, for information only."""
+
+    name: str = "full_depth"
+    direction: Direction = "above"
+
+    def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
+        signal = signals.max_probability(head.logits)
+        stays = torch.zeros_like(signal, dtype=torch.bool)
+        return Decision(stays, head.logits.argmax(dim=-1), signal)
+
+
+@dataclass(frozen=True, slots=True)
+class FixedLayerPolicy(_Memoryless):
+    """Leave at the first exit at or after layer `threshold`: the truncated model."""
+
+    name: str = "fixed_layer"
+    direction: Direction = "at_least"
+
+    def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
+        signal = torch.full_like(rows.threshold, float(exit_layer))
+        leaving = _leaves(signal, rows.threshold, self.direction)
+        return Decision(leaving, head.logits.argmax(dim=-1), signal)
+
+
+@dataclass(frozen=True, slots=True)
+class SignalPolicy(_Memoryless):
+    """Leave when a function of this exit's logits crosses the threshold; no memory.
+
+    Strict on both sides: a tie stays (COSEE and ConsistentEE; papers' pages).
+    """
+
+    name: str
+    direction: Direction
+    signal: Callable[[Tensor], Tensor]
+
+    def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
+        signal = self.signal(head.logits)
+        leaving = _leaves(signal, rows.threshold, self.direction)
+        return Decision(leaving, head.logits.argmax(dim=-1), signal)
+
+
+@dataclass(frozen=True, slots=True)
+class PatiencePolicy:
+    """Leave after `threshold` exits in a row that agree with the one before them (PABEE).
+
+    The count starts at 0 and falls back to 0 when the label changes, so a row cannot leave
+    before exit `threshold + 1`. An exit with NaN logits agrees with nothing and cannot be left
+    at: its signal is NaN.
+    """
+
+    name: str = "patience"
+    direction: Direction = "at_least"
+
+    def initial_state(
+        self, count: int, num_labels: int, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        return {
+            "last_label": torch.full((count,), -1, dtype=torch.int64, device=device),
+            "agreeing": torch.zeros(count, dtype=torch.float32, device=device),
+        }
+
+    def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
+        label = head.logits.argmax(dim=-1)
+        broken = head.logits.isnan().any(dim=-1)
+        agrees = (label == rows.state["last_label"]) & ~broken
+        agreeing = torch.where(agrees, rows.state["agreeing"] + 1, 0.0)
+        rows.state = {"last_label": torch.where(broken, -1, label), "agreeing": agreeing}
+        signal = torch.where(broken, torch.nan, agreeing)
+        return Decision(_leaves(signal, rows.threshold, self.direction), label, signal)
+
+
+@dataclass(frozen=True, slots=True)
+class VotePolicy:
+    """Leave when the most voted class has `votes / l^p >= threshold` after l exits (ensemble).
+
+    Every exit votes for its arg-max. A tie between classes goes to the class just voted for, if
+    it is one of them, else to the smallest label id. The label is the winner's; a row that runs
+    to the end takes the last exit's own label, or with `fallback="majority"` the most voted one,
+    ties to the label that was voted for latest (ensemble page, section 5).
+
+    Votes are divided by l^p in float64, the same expression in calibration and in serving, so
+    that equality with a calibrated threshold is exact.
+    """
+
+    exponent: float = 0.75
+    fallback: Literal["last", "majority"] = "last"
+    name: str = "vote"
+    direction: Direction = "at_least"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.exponent < 1.0:
+            raise ValueError(f"the vote exponent must lie in [0, 1), got {self.exponent}")
+
+    def initial_state(
+        self, count: int, num_labels: int, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        return {
+            "votes": torch.zeros(count, num_labels, dtype=torch.int64, device=device),
+            # At which exit each class was voted for last, for ties of the majority fallback.
+            "voted_at": torch.zeros(count, num_labels, dtype=torch.int64, device=device),
+            "exits_seen": torch.zeros(count, dtype=torch.int64, device=device),
+        }
+
+    def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
+        own = head.logits.argmax(dim=-1)
+        broken = head.logits.isnan().any(dim=-1)
+        seen = rows.state["exits_seen"] + 1
+        ballot = torch.nn.functional.one_hot(own, head.logits.shape[-1]) * ~broken[:, None]
+        votes = rows.state["votes"] + ballot
+        voted_at = torch.where(ballot.bool(), seen[:, None], rows.state["voted_at"])
+        rows.state = {"votes": votes, "voted_at": voted_at, "exits_seen": seen}
+
+        most = votes.amax(dim=-1)
+        tied = votes == most[:, None]
+        own_wins = tied.gather(1, own[:, None]).squeeze(1)
+        winner = torch.where(own_wins, own, votes.argmax(dim=-1))
+        signal = most.double() / seen.double() ** self.exponent
+        signal = torch.where(broken, torch.nan, signal)
+        leaving = _leaves(signal, rows.threshold, self.direction)
+        latest = torch.where(tied, voted_at, -1).argmax(dim=-1)
+        at_end = latest if self.fallback == "majority" else own
+        return Decision(leaving, torch.where(leaving, winner, at_end), signal)
+
+
+def _signal_policy(
+    name: str, direction: Direction, signal: Callable[[Tensor], Tensor]
+) -> Callable[[], ExitPolicy]:
+    return lambda: SignalPolicy(name, direction, signal)
+
+
+# The learned gate of ConsistentEE joins here once a checkpoint can carry gates: its probability
+# travels in HeadOutput beside the logits, and it leaves "above" like confidence.
+POLICIES: dict[str, Callable[[], ExitPolicy]] = {
+    "full_depth": FullDepthPolicy,
+    "fixed_layer": FixedLayerPolicy,
+    "confidence": _signal_policy("confidence", "above", signals.max_probability),
+    "margin": _signal_policy("margin", "above", signals.margin),
+    "entropy": _signal_policy("entropy", "below", signals.normalised_entropy),
+    "energy": _signal_policy("energy", "below", signals.energy),
+    "patience": PatiencePolicy,
+    "vote": VotePolicy,
+}
+
+
+def make_policy(name: str) -> ExitPolicy:
+    """The exit policy of that name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    try:
+        return POLICIES[name]()
+    except KeyError:
+        raise ValueError(f"unknown exit policy {name!r}; known: {', '.join(POLICIES)}") from None
+
+
+def threshold_range(policy: ExitPolicy, config: MultiExitConfig) -> tuple[float, float]:
+    """Smallest and largest threshold that mean anything for this policy and model, inclusive."""
+    if policy.name == "fixed_layer":
+        return 1.0, float(config.num_layers)
+    if policy.name == "patience":
+        return 0.0, float(config.num_exits)
+    if policy.name == "vote":
+        return 0.0, float(config.num_exits)
+    return 0.0, 1.0

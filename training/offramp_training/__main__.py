@@ -1,0 +1,141 @@
+"""`offramp-train`: the command line over fit, evaluate, calibrate and inspect.
+
+Parses, calls, prints. What a user got wrong ends as one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from offramp_model.checkpoint import DTYPES, CheckpointError, load_checkpoint
+from offramp_model.policies import POLICIES
+from offramp_training.config import make_recipe, read_recipe
+from offramp_training.data import Columns, Dataset, load_split
+from offramp_training.errors import DataError, TrainingError
+from offramp_training.objectives import OBJECTIVES
+
+SPLITS = ("train", "validation", "test", "held_out")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (TrainingError, CheckpointError) as error:
+        print(f"offramp-train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("offramp-train: interrupted; the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fit(options: argparse.Namespace) -> None:
+    from offramp_training.fit import fit  # transformers and accelerate: seconds to import
+
+    overrides = list(options.set)
+    if options.objective:
+        overrides.append(f'objective.name="{options.objective}"')
+    recipe = read_recipe(options.recipe, overrides)
+    output = fit(
+        recipe,
+        options.output,
+        data=options.data,
+        overwrite=options.overwrite,
+        calibrate=options.calibrate,
+    )
+    print(f"checkpoint: {output}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from offramp_training.evaluate import evaluate_checkpoint, print_report, write_json
+
+    dataset = _rows(options)
+    report = evaluate_checkpoint(options.checkpoint, dataset, options.policy)
+    print_report(report, Console())
+    if options.json:
+        write_json(report, options.json)
+    if options.plot:
+        from offramp_training.plot import plot_report
+
+        name = load_checkpoint(options.checkpoint).manifest.data.name
+        plot_report(report, options.plot, title=f"{name}, {dataset.split}")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from offramp_training.calibrate import calibrate_checkpoint
+
+    if options.split == "train":
+        raise DataError("--split train: never training rows; allowed: held_out, validation, test")
+    tables = calibrate_checkpoint(options.checkpoint, _rows(options), dtype=options.dtype)
+    for table in tables:
+        last = table.points[-1]
+        print(f"{table.policy}: {len(table.points)} points up to {last.speedup:.2f}x")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from offramp_training.inspect import inspect_checkpoint
+
+    inspect_checkpoint(options.checkpoint, Console())
+
+
+def _rows(options: argparse.Namespace) -> Dataset:
+    """The rows that --data and --split name, read as the checkpoint's recipe says."""
+    manifest = load_checkpoint(options.checkpoint).manifest
+    recipe = make_recipe(dict(manifest.objective.parameters))
+    if options.split == "held_out":
+        from offramp_training.fit import choose_rows
+
+        held_out = choose_rows(recipe, options.data).held_out
+        if held_out.fingerprint != manifest.data.held_out_fingerprint:
+            raise DataError(f"--data {options.data} is not the data that the checkpoint came from")
+        return held_out
+    columns = Columns(recipe.data.text, recipe.data.text_pair, recipe.data.label)
+    return load_split(options.data, options.split, columns, manifest.model.labels)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="offramp-train", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    fit = commands.add_parser("fit", help="train a multi-exit checkpoint; goes on where it stopped")
+    fit.add_argument("recipe", type=Path, metavar="RECIPE.toml")
+    fit.add_argument("--data", help="directory, .jsonl/.csv/.parquet file or hub name")
+    fit.add_argument("--objective", choices=sorted(OBJECTIVES))
+    fit.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    fit.add_argument("--output", type=Path, required=True, metavar="DIR")
+    fit.add_argument("--overwrite", action="store_true", help="start anew, replace what is there")
+    fit.add_argument("--no-calibrate", dest="calibrate", action="store_false")
+    fit.set_defaults(run=_fit)
+
+    evaluate = commands.add_parser("evaluate", help="accuracy by layer, policy and speed-up")
+    _add_rows(evaluate)
+    evaluate.add_argument("--policy", action="append", choices=sorted(POLICIES))
+    evaluate.add_argument("--json", type=Path, metavar="FILE")
+    evaluate.add_argument("--plot", type=Path, metavar="FILE")
+    evaluate.set_defaults(run=_evaluate)
+
+    calibrate = commands.add_parser("calibrate", help="measure thresholds on held-out rows")
+    _add_rows(calibrate)
+    calibrate.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    calibrate.set_defaults(run=_calibrate)
+
+    inspect = commands.add_parser("inspect", help="what a checkpoint is")
+    inspect.add_argument("checkpoint", type=Path, metavar="DIR")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="DIR")
+    parser.add_argument("--data", required=True, metavar="PATH")
+    parser.add_argument("--split", choices=SPLITS, default="validation")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Calibration: the tables threshold -> speed-up, accuracy that give `speedup` its meaning.
+
+Measured on held-out rows on the serving stack, one table per exit policy, and stored in the
+checkpoint's manifest in place of older ones of the same policy, backend and dtype. Refuses the rows
+that the checkpoint was trained on. Knows nothing about how the rows were held out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from offramp_model.calibration import CalibrationTable, curve
+from offramp_model.checkpoint import load_checkpoint, update_manifest
+from offramp_model.policies import POLICIES, make_policy
+from offramp_training.data import Dataset
+from offramp_training.errors import DataError
+from offramp_training.evaluate import record_dataset
+
+BACKEND = "torch"
+
+
+def calibrate_checkpoint(
+    directory: Path,
+    dataset: Dataset,
+    *,
+    dtype: str = "float32",
+    policies: Sequence[str] = tuple(POLICIES),
+) -> tuple[CalibrationTable, ...]:
+    """Measures each policy on `dataset` and stores the tables; returns the new ones."""
+    checkpoint = load_checkpoint(directory)
+    manifest = checkpoint.manifest
+    if dataset.split == "train" or dataset.fingerprint == manifest.data.train_fingerprint:
+        raise DataError(
+            f"split {dataset.split!r} holds the training rows: thresholds tuned on them would be "
+            "too bold; allowed: held-out rows (held_out, validation, test)"
+        )
+    recorded = record_dataset(checkpoint, dataset, dtype)
+    labels = torch.tensor(dataset.labels)
+    tables = tuple(
+        CalibrationTable(
+            policy=name,
+            backend=BACKEND,
+            dtype=dtype,
+            split=dataset.split,
+            rows=len(dataset),
+            data_fingerprint=dataset.fingerprint,
+            points=curve(recorded, labels, make_policy(name)),
+        )
+        for name in policies
+    )
+    replaced = {(table.policy, table.backend, table.dtype) for table in tables}
+    kept = [
+        table
+        for table in manifest.calibration
+        if (table.policy, table.backend, table.dtype) not in replaced
+    ]
+    update_manifest(directory, manifest.model_copy(update={"calibration": (*kept, *tables)}))
+    return tables

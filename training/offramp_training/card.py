@@ -1,0 +1,79 @@
+"""The model card: a checkpoint's README.md, written from its manifest alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from offramp_model.checkpoint import Manifest
+
+
+def model_card(manifest: Manifest) -> str:
+    """Markdown for people who find the directory."""
+    parts = [_head(manifest), _figures(manifest), _use(), _origin(manifest)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(manifest: Manifest) -> str:
+    model = manifest.model
+    return (
+        "---\nlibrary_name: offramp\npipeline_tag: text-classification\n"
+        "tags:\n- early-exit\n- text-classification\n---\n\n"
+        f"# Multi-exit text classifier: {manifest.data.name}\n\n"
+        f"An encoder of {model.num_layers} layers with a small classifier after layers "
+        f"{', '.join(map(str, model.exit_layers))}. A text leaves at the first layer that is sure "
+        f"of it, so easy texts cost less. Labels ({model.num_labels}): "
+        f"{', '.join(f'`{label}`' for label in model.labels)}."
+    )
+
+
+def _figures(manifest: Manifest) -> str:
+    evaluation: dict[str, Any] = dict(manifest.evaluation)
+    if not evaluation:
+        return "Not evaluated yet: `offramp-train evaluate` measures it."
+    points = evaluation["policies"].get(manifest.exit_policy, {}).get("points", [])
+    lines = [
+        "## Accuracy and speed",
+        "",
+        "![accuracy against speed-up](curve.png)",
+        "",
+        f"On {evaluation['rows']} rows of `{evaluation['split']}`; speed-up is in layers, "
+        f"`L·N / Σ exit_layer`. Exit policy `{manifest.exit_policy}`:",
+        "",
+        "| speed-up | accuracy | macro F1 | mean exit layer |",
+        "|---|---|---|---|",
+        *(
+            f"| {point['speedup']:.2f} | {point['accuracy']:.4f} | {point['macro_f1']:.4f} "
+            f"| {point['mean_exit_layer']:.2f} |"
+            for point in points
+        ),
+        "",
+        "| every row leaves at layer | accuracy |",
+        "|---|---|",
+        *(f"| {one['exit_layer']} | {one['accuracy']:.4f} |" for one in evaluation["layers"]),
+    ]
+    return "\n".join(lines)
+
+
+def _use() -> str:
+    return (
+        "## Use\n\n"
+        "`offramp-serve` serves the directory; requests choose their own `speedup`. The directory "
+        "also opens with transformers' `AutoModel` and `AutoTokenizer` (the encoder alone: the "
+        "exit heads are in `exits.safetensors`). Thresholds for each policy are in `offramp.json`."
+    )
+
+
+def _origin(manifest: Manifest) -> str:
+    data, parameters = manifest.data, manifest.objective.parameters
+    model: Any = parameters.get("model", {})
+    return (
+        "## Origin\n\n"
+        f"Backbone `{_short(str(model.get('backbone', 'unknown')))}`; objective "
+        f"`{manifest.objective.name}`; seed {manifest.seed}; {data.train_rows} training rows, "
+        f"{data.held_out_rows} rows held out for calibration. Every setting is in `offramp.json`."
+    )
+
+
+def _short(backbone: str) -> str:
+    """A hub name as it is; of a local path only its last part, which is nobody's home."""
+    return backbone.rsplit("/", 1)[-1] if backbone.startswith(("/", ".", "~")) else backbone

@@ -1,0 +1,199 @@
+"""The recipe: everything that decides what `fit` does, read from TOML and checked before any work.
+
+Holds values only. Does not know whether the data exist or how many layers the backbone has; what
+depends on those is checked as soon as they are known, still before the first step.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
+
+from offramp_training.errors import RecipeError
+from offramp_training.objectives import OBJECTIVES, Objective, make_objective
+from offramp_training.objectives.joint import Joint
+
+DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The encoder and its exits."""
+
+    backbone: str = DEFAULT_BACKBONE  # hub name or local directory
+    exit_layers: tuple[Count, ...] | None = None  # None: every layer
+    pooling: Literal["cls", "mean"] = "mean"
+    pooler: Literal["shared", "per_exit", "none"] = "none"
+    max_length: Annotated[int, Field(ge=4, le=8192)] = 128
+    head_dropout: Share = 0.1
+
+
+class DataSection(Section):
+    """Where the rows are and which of them are kept back."""
+
+    path: str | None = None  # directory, .jsonl[.gz]/.csv/.parquet file, or hub name
+    text: str = "text"
+    text_pair: str = "text_pair"
+    label: str = "label"
+    # Train rows kept back for early stopping and calibration. None: the validation split serves,
+    # or, where there is none, a tenth of the training rows (2,000 at most).
+    held_out: Count | None = None
+
+
+class OptimiserSection(Section):
+    """AdamW and its schedule."""
+
+    lr: Positive = 5e-5
+    head_lr: Positive = 5e-4
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.06
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    clip_norm: Positive = 1.0
+
+
+class LoopSection(Section):
+    """How long, how large, how often."""
+
+    epochs: Count = 2
+    batch_size: Count = 32
+    batch_tokens: Count | None = None  # padded tokens a batch may hold; instead of batch_size
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    evaluate_every_steps: Count | None = None  # None: after each epoch only
+    patience: Count | None = None  # evaluations without a better mean accuracy before stopping
+    max_train_rows: Count | None = None  # a seeded sample of the training rows
+    checkpoint_every_steps: Count = 200  # how often a resume point is written
+    max_minutes: Positive | None = None  # stop training after this long, keep the best so far
+    threads: Count | None = None  # torch threads; None: torch's own choice
+
+
+class Recipe(Section):
+    """One training run."""
+
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    objective: SerializeAsAny[Any] = Field(default_factory=Joint)  # an Objective
+    optimiser: OptimiserSection = OptimiserSection()
+    loop: LoopSection = LoopSection()
+
+    @model_validator(mode="after")
+    def _exits_ascend(self) -> Recipe:
+        layers = self.model.exit_layers
+        if layers is not None and (not layers or list(layers) != sorted(set(layers))):
+            raise ValueError(
+                f"model.exit_layers = {list(layers)}; allowed: layer numbers in ascending order"
+            )
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every value, defaults included, ready for JSON."""
+        return self.model_dump(mode="json")
+
+
+def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in a TOML file with `section.key=value` overrides applied on top."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not TOML: {error}") from None
+    for override in overrides:
+        apply_override(table, override)
+    return make_recipe(table)
+
+
+def make_recipe(table: dict[str, Any]) -> Recipe:
+    """A checked recipe; a `RecipeError` names each wrong key, its value and what is allowed."""
+    try:
+        return Recipe.model_validate({**table, "objective": _make_objective(table)})
+    except ValidationError as error:
+        raise RecipeError(_explain(error, Recipe)) from None
+
+
+def _make_objective(table: dict[str, Any]) -> Objective:
+    options = table.get("objective", {})
+    if not isinstance(options, dict):
+        raise RecipeError(f"objective = {options!r}; allowed: a table with a name and its options")
+    try:
+        return make_objective(options)
+    except ValidationError as error:
+        objective = OBJECTIVES[options.get("name", "joint")]
+        raise RecipeError(_explain(error, objective, "objective.")) from None
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` in a nested table; the value is TOML, or a bare string where it is not."""
+    key, equals, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise RecipeError(f"--set {override}: allowed: section.key=value, e.g. loop.epochs=3")
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"--set {override}: {part} is a value, not a section")
+    table[parts[-1]] = _toml_value(text.strip())
+
+
+def _toml_value(text: str) -> Any:
+    """A value as TOML reads it. A bare word is a string, so that a shell's quotes are enough."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """pydantic's findings as `section.key = value: what is allowed`, one per key."""
+    lines: dict[str, str] = {}
+    for problem in error.errors():
+        # The alternatives of a union follow the key in `loc`: pydantic's business, not the user's.
+        place = [str(part) for part in problem["loc"] if str(part).isidentifier()]
+        key = prefix + ".".join(place[:2] if not prefix else place[:1])
+        line = _finding(key, place, problem, model)
+        lines[key] = line if key not in lines else f"{lines[key]}, or {problem['msg'].lower()}"
+    return "; ".join(lines.values())
+
+
+def _finding(key: str, place: list[str], problem: Any, model: type[BaseModel]) -> str:
+    if problem["type"] == "extra_forbidden":
+        for name in place[:-1]:
+            model = type(model.model_fields[name].get_default(call_default_factory=True))
+        return f"{key}: unknown key; allowed: {', '.join(model.model_fields)}"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+__all__ = [
+    "DEFAULT_BACKBONE",
+    "DataSection",
+    "LoopSection",
+    "ModelSection",
+    "OptimiserSection",
+    "Recipe",
+    "apply_override",
+    "make_recipe",
+    "read_recipe",
+]

@@ -1,0 +1,183 @@
+"""What a checkpoint is worth on labelled rows: per layer, per exit policy, and at best.
+
+Every exit's logits are recorded once on the serving stack; curves come from them, and the points at
+the requested speed-ups are replayed through the layer loop that serves. Knows nothing about
+training and writes nothing but what it is asked to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from offramp_model.calibration import (
+    CurvePoint,
+    curve,
+    layer_accuracies,
+    measure_point,
+    oracle,
+    point_for,
+    reachable_speedups,
+)
+from offramp_model.checkpoint import DTYPES, Checkpoint, load_checkpoint, update_manifest
+from offramp_model.policies import POLICIES, make_policy
+from offramp_model.recorded import RecordedExits, record_exits, replay
+from offramp_training.data import Dataset
+from offramp_training.errors import DataError, TrainingError
+
+# The curves worth comparing: not full depth (one point) nor a fixed layer (the `layers` table).
+DEFAULT_POLICIES = tuple(name for name in POLICIES if name not in ("full_depth", "fixed_layer"))
+
+
+@dataclass(frozen=True)
+class PolicyReport:
+    """One policy: the points at the reachable requested speed-ups, and its whole curve."""
+
+    requested: tuple[float, ...]
+    points: tuple[CurvePoint, ...]
+    curve: tuple[CurvePoint, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """`evaluate --json`, as Python values."""
+
+    num_layers: int
+    rows: int
+    labels: tuple[str, ...]
+    layers: dict[int, float]  # exit layer -> accuracy if every row left there
+    policies: dict[str, PolicyReport]
+    oracle_speedup: float
+    oracle_accuracy: float
+
+    @property
+    def full_accuracy(self) -> float:
+        """Of the model that never leaves early."""
+        return self.layers[self.num_layers]
+
+    def as_dict(self, *, with_curves: bool = True) -> dict[str, Any]:
+        return {
+            "num_layers": self.num_layers,
+            "rows": self.rows,
+            "labels": list(self.labels),
+            "layers": [
+                {"exit_layer": layer, "accuracy": accuracy}
+                for layer, accuracy in self.layers.items()
+            ],
+            "policies": {
+                name: {"points": _plain(one.points)}
+                | ({"curve": _plain(one.curve)} if with_curves else {})
+                for name, one in self.policies.items()
+            },
+            "oracle": {"speedup": self.oracle_speedup, "accuracy": self.oracle_accuracy},
+        }
+
+
+def evaluate_checkpoint(
+    directory: Path, dataset: Dataset, policies: Sequence[str] | None = None
+) -> Report:
+    """Records every exit on `dataset` and measures each policy."""
+    checkpoint = load_checkpoint(directory)
+    recorded = record_dataset(checkpoint, dataset)
+    return make_report(recorded, dataset, policies or DEFAULT_POLICIES)
+
+
+def record_dataset(
+    checkpoint: Checkpoint, dataset: Dataset, dtype: str = "float32"
+) -> RecordedExits:
+    """Every exit's logits on the stack that serves."""
+    if dataset.label_names != checkpoint.model.labels:
+        raise DataError(
+            f"the data's labels are {', '.join(dataset.label_names)}; "
+            f"the checkpoint's are {', '.join(checkpoint.model.labels)}"
+        )
+    if not dataset.rows:
+        raise DataError(f"split {dataset.split!r} has no rows")
+    encodings = checkpoint.tokenizer().encode(dataset.inputs)
+    return record_exits(checkpoint.stack(dtype=DTYPES[dtype]), encodings)
+
+
+def make_report(recorded: RecordedExits, dataset: Dataset, policies: Sequence[str]) -> Report:
+    """All figures from recorded exits; no encoder runs here."""
+    labels = torch.tensor(dataset.labels)
+    speedup, accuracy = oracle(recorded, labels)
+    accuracies = layer_accuracies(recorded, labels)
+    return Report(
+        num_layers=recorded.num_layers,
+        rows=len(dataset),
+        labels=dataset.label_names,
+        layers=dict(zip(recorded.exit_layers, accuracies, strict=True)),
+        policies={name: _measure_policy(recorded, labels, name) for name in policies},
+        oracle_speedup=speedup,
+        oracle_accuracy=accuracy,
+    )
+
+
+def _measure_policy(recorded: RecordedExits, labels: torch.Tensor, name: str) -> PolicyReport:
+    policy = make_policy(name)
+    points = curve(recorded, labels, policy)
+    requested = reachable_speedups(points)
+    replayed = []
+    for speedup in requested:
+        threshold = point_for(points, speedup).threshold
+        outcome = replay(recorded, policy, threshold)
+        replayed.append(
+            measure_point(threshold, outcome.exit_layer, outcome.label, labels, recorded.num_layers)
+        )
+    return PolicyReport(requested, tuple(replayed), points)
+
+
+def store_report(directory: Path, report: Report, split: str) -> None:
+    """Keeps the figures (not the curves: those are calibration's) in the manifest, draws
+    `curve.png` and writes the model card around them."""
+    from offramp_training.card import model_card
+    from offramp_training.plot import plot_report  # matplotlib is slow to import
+
+    manifest = load_checkpoint(directory).manifest
+    evaluation = {"split": split, **report.as_dict(with_curves=False)}
+    manifest = manifest.model_copy(update={"evaluation": evaluation})
+    update_manifest(directory, manifest)
+    plot_report(report, directory / "curve.png", title=f"{manifest.data.name}, {split}")
+    (directory / "README.md").write_text(model_card(manifest), encoding="utf-8")
+
+
+def write_json(report: Report, path: Path) -> None:
+    text = json.dumps(report.as_dict(), indent=1)
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(f"--json {path}: {error.strerror}") from None
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Two tables: accuracy by exit layer, and accuracy at the requested speed-ups."""
+    layers = Table(title=f"{report.rows} rows: accuracy if every row left at one layer")
+    layers.add_column("exit layer", justify="right")
+    layers.add_column("speed-up", justify="right")
+    layers.add_column("accuracy", justify="right")
+    for layer, accuracy in report.layers.items():
+        layers.add_row(str(layer), f"{report.num_layers / layer:.2f}", f"{accuracy:.4f}")
+    console.print(layers)
+
+    requested = max((one.requested for one in report.policies.values()), key=len, default=())
+    points = Table(title="accuracy at a requested speed-up (in layers)")
+    points.add_column("policy")
+    for speedup in requested:
+        points.add_column(f"{speedup:g}x", justify="right")
+    for name, one in report.policies.items():
+        points.add_row(name, *(f"{point.accuracy:.4f}" for point in one.points))
+    points.add_section()
+    points.add_row("oracle", f"{report.oracle_accuracy:.4f} at {report.oracle_speedup:.2f}x")
+    console.print(points)
+
+
+def _plain(points: Sequence[CurvePoint]) -> list[dict[str, Any]]:
+    """JSON values; infinite thresholds become strings, since JSON has no infinity."""
+    return [json.loads(point.model_dump_json()) for point in points]

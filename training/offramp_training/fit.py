@@ -1,0 +1,213 @@
+"""`offramp-train fit`: from a recipe and data to a checkpoint that is ready to serve.
+
+Wiring only. Every check that can fail does so before the first step. While it trains, all it writes
+lies in `<output>.fit` beside the output (resume points, TensorBoard); the output directory appears
+whole, at the end. Knows nothing about losses or steps.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp_model.checkpoint import (
+    MANIFEST,
+    DataRecord,
+    Manifest,
+    ObjectiveRecord,
+    write_checkpoint,
+)
+from offramp_model.tokenizer import TextTokenizer
+from offramp_training.backbone import resolve_backbone
+from offramp_training.batches import EncodedRows
+from offramp_training.calibrate import calibrate_checkpoint
+from offramp_training.card import model_card
+from offramp_training.config import Recipe
+from offramp_training.data import (
+    Columns,
+    Dataset,
+    default_held_out,
+    hold_out,
+    load_splits,
+    sample,
+)
+from offramp_training.errors import DataError, OutputError, RecipeError
+from offramp_training.evaluate import evaluate_checkpoint, store_report
+from offramp_training.loop import Run, make_accelerator, train
+from offramp_training.model import MultiExitModel, build_model, save_tokenizer
+from offramp_training.progress import Reporter
+from offramp_training.resume import ResumePoints
+
+# Settings that change how long a run takes, never what comes out of it.
+NOT_IDENTITY = ("checkpoint_every_steps", "max_minutes", "threads")
+
+
+@dataclass(frozen=True)
+class FitData:
+    """The rows of one run: to learn from, to stop and calibrate by, and to report on."""
+
+    name: str
+    train: Dataset
+    held_out: Dataset
+    report: Dataset  # the validation split where it was not needed as held-out rows
+
+
+def fit(
+    recipe: Recipe,
+    output: Path,
+    *,
+    data: str | None = None,
+    overwrite: bool = False,
+    calibrate: bool = True,
+) -> Path:
+    """Trains, writes the checkpoint and, unless told not to, calibrates and evaluates it."""
+    work = output.with_name(output.name + ".fit")
+    _check_output(output, work, overwrite)
+    if recipe.loop.threads is not None:
+        torch.set_num_threads(recipe.loop.threads)
+    rows = choose_rows(recipe, data)
+    backbone = resolve_backbone(recipe.model.backbone)
+    model = build_model(backbone, recipe.model, rows.train.label_names, recipe.loop.seed)
+    stages = _stages(recipe, model)
+    save_tokenizer(backbone, work / "tokenizer")
+    tokenizer = TextTokenizer(work / "tokenizer" / "tokenizer.json", recipe.model.max_length)
+    accelerator = make_accelerator(recipe.loop)
+    model = accelerator.prepare_model(model)
+    with Reporter(work / "tensorboard") as reporter:
+        run = Run(
+            recipe=recipe,
+            model=model,
+            stages=stages,
+            train_rows=EncodedRows.of(rows.train, tokenizer, model.pad_id),
+            held_out=EncodedRows.of(rows.held_out, tokenizer, model.pad_id),
+            points=ResumePoints(work / "resume"),
+            reporter=reporter,
+            identity=_identity(recipe, rows),
+            accelerator=accelerator,
+        )
+        train(run)
+    _publish(recipe, rows, model, work, output)
+    if calibrate:
+        calibrate_checkpoint(output, rows.held_out)
+        store_report(output, evaluate_checkpoint(output, rows.report), rows.report.split)
+    shutil.move(work / "tensorboard", output / "tensorboard")
+    shutil.rmtree(work)
+    return output
+
+
+def choose_rows(recipe: Recipe, data: str | None) -> FitData:
+    """Training and held-out rows as the recipe wants them; the same for the same recipe."""
+    source = data or recipe.data.path
+    if source is None:
+        raise RecipeError("no data: give --data PATH or set data.path in the recipe")
+    columns = Columns(recipe.data.text, recipe.data.text_pair, recipe.data.label)
+    splits = load_splits(source, columns)
+    if not splits.get("train"):
+        raise DataError(f"{source}: no training rows; it has: {', '.join(splits)}")
+    seed, train_rows, validation = recipe.loop.seed, splits["train"], splits.get("validation")
+    count = recipe.data.held_out
+    if count is None and validation is None:
+        count = default_held_out(train_rows)
+    held_out = validation
+    if count is not None:
+        train_rows, held_out = hold_out(train_rows, count, seed)
+    train_rows = sample(train_rows, recipe.loop.max_train_rows, seed)
+    if held_out is None or not held_out.rows:
+        raise DataError(f"{source}: the validation split is empty; set data.held_out")
+    if train_rows.fingerprint == held_out.fingerprint:
+        raise DataError(f"{source}: the validation rows are the training rows; set data.held_out")
+    return FitData(Path(source).name, train_rows, held_out, validation or held_out)
+
+
+def _check_output(output: Path, work: Path, overwrite: bool) -> None:
+    if overwrite:
+        shutil.rmtree(work, ignore_errors=True)
+    elif (output / MANIFEST).exists() and not work.exists():
+        raise OutputError(f"{output} holds a finished checkpoint; allowed with --overwrite")
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; a directory is needed")
+    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).exists():
+        raise OutputError(f"{output} is not empty and not a checkpoint; give a new directory")
+    work.mkdir(parents=True, exist_ok=True)
+
+
+def _stages(recipe: Recipe, model: MultiExitModel) -> list[Any]:
+    try:
+        return list(recipe.objective.stages(model, recipe))
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
+def _identity(recipe: Recipe, rows: FitData) -> dict[str, Any]:
+    table = recipe.as_dict()
+    for key in NOT_IDENTITY:
+        del table["loop"][key]
+    del table["data"]["path"]  # the rows count, not where they lie
+    return {
+        "recipe": table,
+        "training data": rows.train.ordered_fingerprint,
+        "held-out data": rows.held_out.ordered_fingerprint,
+    }
+
+
+def _publish(
+    recipe: Recipe, rows: FitData, model: MultiExitModel, work: Path, output: Path
+) -> None:
+    """Writes the checkpoint whole; an older one gives way at the very end."""
+    manifest = _manifest(recipe, rows, model)
+
+    def fill(directory: Path) -> None:
+        model.save_backbone(directory)
+        shutil.copytree(work / "tokenizer", directory, dirs_exist_ok=True)
+        (directory / "README.md").write_text(model_card(manifest), encoding="utf-8")
+
+    with _out_of_the_way(output):
+        write_checkpoint(output, fill=fill, exits=model.exit_tensors(), manifest=manifest)
+    for weights in output.glob("*.safetensors"):
+        weights.chmod(0o644)  # safetensors writes 0600; the service may run as another user
+
+
+@contextmanager
+def _out_of_the_way(output: Path) -> Iterator[None]:
+    """Keeps what is at `output` under another name until the new checkpoint stands."""
+    if not (output / MANIFEST).exists():
+        yield
+        return
+    aside = output.with_name(f".{output.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    output.rename(aside)
+    try:
+        yield
+    except BaseException:
+        aside.rename(output)
+        raise
+    shutil.rmtree(aside)
+
+
+def _manifest(recipe: Recipe, rows: FitData, model: MultiExitModel) -> Manifest:
+    table = recipe.as_dict()
+    del table["data"]["path"]
+    packages = ("offramp", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
+    return Manifest(
+        model=model.config,
+        exit_policy=recipe.objective.exit_policy,
+        objective=ObjectiveRecord(name=recipe.objective.name, parameters=table),
+        seed=recipe.loop.seed,
+        data=DataRecord(
+            name=rows.name,
+            train_rows=len(rows.train),
+            train_fingerprint=rows.train.fingerprint,
+            held_out_rows=len(rows.held_out),
+            held_out_fingerprint=rows.held_out.fingerprint,
+        ),
+        versions={package: importlib.metadata.version(package) for package in packages},
+    )

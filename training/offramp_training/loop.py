@@ -1,0 +1,306 @@
+"""The training loop: stage -> epoch -> batch -> loss -> backward, clip, step. `train` is the nest.
+
+Everything that decides the next bit is in the model, the stage, the optimiser, `Position`, `Best`
+and torch's generators, and all of it is in a resume point: a killed run goes on as if it had not
+been. Knows no objective by name, no file format and no exit policy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from offramp_training.batches import Batch, EncodedRows, bucketed_order
+from offramp_training.config import LoopSection, Recipe
+from offramp_training.errors import OutputError, RecipeError
+from offramp_training.model import MultiExitModel
+from offramp_training.objectives import Progress, Stage
+from offramp_training.optimiser import lr_factor, make_optimiser, set_lr
+from offramp_training.progress import Reporter
+from offramp_training.resume import ResumePoints, rng_state, set_rng_state
+
+EVALUATION_BATCH = 64
+
+
+@dataclass
+class Position:
+    """Where the run stands; everything below is done."""
+
+    stage: int = 0
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch
+    stage_batches: int = 0
+    stage_steps: int = 0  # optimiser steps of this stage
+    steps: int = 0  # optimiser steps of the run
+    seconds: float = 0.0
+
+    def after_batch(self) -> None:
+        self.batch += 1
+        self.stage_batches += 1
+
+    def after_step(self) -> None:
+        self.stage_steps += 1
+        self.steps += 1
+
+    def next_epoch(self) -> None:
+        self.epoch, self.batch = self.epoch + 1, 0
+
+    def next_stage(self) -> None:
+        self.stage, self.epoch, self.batch = self.stage + 1, 0, 0
+        self.stage_batches = self.stage_steps = 0
+
+
+@dataclass
+class Best:
+    """The best weights of the current stage by mean held-out accuracy over the exits."""
+
+    accuracy: float | None = None
+    weights: dict[str, torch.Tensor] | None = None
+    bad_evaluations: int = 0
+    evaluated_at: int = -1  # optimiser step of the newest evaluation
+
+    def see(self, accuracy: float, model: MultiExitModel, step: int) -> None:
+        self.evaluated_at = step
+        if self.accuracy is not None and accuracy <= self.accuracy:
+            self.bad_evaluations += 1
+            return
+        self.accuracy, self.bad_evaluations = accuracy, 0
+        self.weights = {
+            name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()
+        }
+
+
+@dataclass
+class Run:
+    """One training run: its parts, and the state that a resume point holds."""
+
+    recipe: Recipe
+    model: MultiExitModel
+    stages: list[Stage]
+    train_rows: EncodedRows
+    held_out: EncodedRows
+    accelerator: Accelerator
+    points: ResumePoints
+    reporter: Reporter
+    identity: dict[str, Any]  # what must be the same for a resumed run to be the same run
+    position: Position = field(default_factory=Position)
+    best: Best = field(default_factory=Best)
+    # Made by `_start_stage`.
+    optimiser: Any = field(init=False, default=None)
+    loss: float = field(init=False, default=0.0)  # of the newest step
+    total_steps: int = field(init=False, default=0)
+    _restored: dict[str, Any] | None = field(init=False, default=None)
+    _clock: float = field(init=False, default_factory=time.monotonic)
+
+    # ---- the nest's iterators: each yields what is left to do --------------------------------
+
+    def stages_left(self) -> Iterator[Stage]:
+        while self.position.stage < len(self.stages) and not self.out_of_time:
+            stage = self.stages[self.position.stage]
+            self._start_stage(stage)
+            yield stage
+            self._finish_stage(stage)
+
+    def epochs_left(self, stage: Stage) -> Iterator[int]:
+        while self.position.epoch < stage.epochs and not self.stopped:
+            if self.position.batch == 0:
+                stage.begin_epoch(self.position.epoch)
+            yield self.position.epoch
+            if not self.stopped:
+                self._evaluate_once()
+                self.position.next_epoch()
+
+    def batches_left(self, stage: Stage, epoch: int) -> Iterator[Batch]:
+        order = self._order(stage, epoch)
+        while self.position.batch < len(order) and not self.stopped:
+            batch = self.train_rows.batch(order[self.position.batch]).to(self.model.device)
+            yield batch
+            self._after_batch(batch)
+
+    # ---- one optimiser step -------------------------------------------------------------------
+
+    def progress(self) -> Progress:
+        """Sets this step's learning rate and says where the run stands."""
+        position = self.position
+        factor = lr_factor(position.stage_steps, self.total_steps, self.recipe.optimiser)
+        lr = set_lr(self.optimiser, factor)
+        return Progress(position.epoch, position.stage_steps, self.total_steps, lr)
+
+    def clip(self) -> None:
+        self.accelerator.unscale_gradients(self.optimiser)
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimiser.clip_norm)
+
+    def step(self, loss: torch.Tensor) -> None:
+        self.optimiser.step()
+        # Every parameter's gradient, not only this optimiser's: a stage may train a part.
+        self.model.zero_grad(set_to_none=True)
+        self.position.after_step()
+        self.loss = float(loss.detach())
+
+    # ---- stopping -----------------------------------------------------------------------------
+
+    @property
+    def seconds(self) -> float:
+        return self.position.seconds + time.monotonic() - self._clock
+
+    @property
+    def out_of_time(self) -> bool:
+        limit = self.recipe.loop.max_minutes
+        return limit is not None and self.seconds >= limit * 60
+
+    @property
+    def stopped(self) -> bool:
+        """Early stop, or out of time. Both are read off the state, so a resumed run agrees."""
+        patience = self.recipe.loop.patience
+        return self.out_of_time or (patience is not None and self.best.bad_evaluations >= patience)
+
+    # ---- between the steps --------------------------------------------------------------------
+
+    def restore(self) -> bool:
+        """Takes up the newest resume point, if there is one. The optimiser waits for its stage."""
+        state = self.points.load()
+        if state is None:
+            return False
+        if state["identity"] != self.identity:
+            changed = [
+                key for key, value in self.identity.items() if state["identity"][key] != value
+            ]
+            raise OutputError(
+                f"{self.points.directory} holds an unfinished run with another "
+                f"{' and another '.join(changed)}; allowed: the same again, or --overwrite"
+            )
+        self.model.load_state_dict(state["model"])
+        self.position = Position(**state["position"])
+        self.best = Best(**state["best"])
+        self._restored = state
+        return True
+
+    def save_point(self) -> None:
+        self.position.seconds, self._clock = self.seconds, time.monotonic()
+        stage_left = self.position.stage < len(self.stages)
+        scaler = self.accelerator.scaler
+        self.points.save(
+            self.position.steps,
+            {
+                "identity": self.identity,
+                "position": asdict(self.position),
+                "best": vars(self.best),
+                "model": self.model.state_dict(),
+                "stage": self.stages[self.position.stage].state_dict() if stage_left else {},
+                "optimiser": self.optimiser.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else {},
+                "rng": rng_state(),
+            },
+        )
+
+    def _start_stage(self, stage: Stage) -> None:
+        self.optimiser = self.accelerator.prepare_optimizer(
+            make_optimiser(stage, self.recipe.optimiser)
+        )
+        batches = sum(len(self._order(stage, epoch)) for epoch in range(stage.epochs))
+        self.total_steps = batches * stage.steps_per_batch
+        restored, self._restored = self._restored, None
+        if restored is not None:
+            # A point between two stages has nothing of the next one yet, except the generators.
+            if self.position.stage_batches:
+                stage.load_state_dict(restored["stage"])
+                self.optimiser.load_state_dict(restored["optimiser"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(restored["scaler"])
+            set_rng_state(restored["rng"])
+        if not self.position.stage_batches:
+            stage.prepare(lambda: self.train_rows.in_order(EVALUATION_BATCH))
+        self.model.train()
+        self.reporter.start_stage(stage.name, batches, self.position.stage_batches)
+
+    def _finish_stage(self, stage: Stage) -> None:
+        self._evaluate_once()
+        self.reporter.end_stage()
+        if stage.keeps_best and self.best.weights is not None:
+            self.model.load_state_dict(self.best.weights)
+        self.position.next_stage()
+        self.best = Best()
+        self.save_point()
+
+    def _order(self, stage: Stage, epoch: int) -> list[list[int]]:
+        loop = self.recipe.loop
+        return bucketed_order(
+            self.train_rows.lengths,
+            batch_size=stage.batch_size or loop.batch_size,
+            batch_tokens=None if stage.batch_size else loop.batch_tokens,
+            seed=loop.seed,
+            epoch=self.position.stage * 1000 + epoch,
+        )
+
+    def _after_batch(self, batch: Batch) -> None:
+        position, loop = self.position, self.recipe.loop
+        position.after_batch()
+        self.reporter.batch(
+            done=position.stage_batches,
+            step=position.steps,
+            rows=len(batch),
+            loss=self.loss,
+            lr=self.optimiser.param_groups[0]["lr"],
+        )
+        if loop.evaluate_every_steps and position.stage_batches % loop.evaluate_every_steps == 0:
+            self._evaluate_once()
+        if position.stage_batches % loop.checkpoint_every_steps == 0:
+            self.save_point()
+
+    def _evaluate_once(self) -> None:
+        """Accuracy of every exit on held-out rows, unless it is known for these weights."""
+        if self.best.evaluated_at == self.position.steps:
+            return
+        accuracies = exit_accuracies(self.model, self.held_out)
+        self.reporter.validation(self.position.steps, self.model.config.exit_layers, accuracies)
+        self.best.see(sum(accuracies) / len(accuracies), self.model, self.position.steps)
+
+
+def train(run: Run) -> MultiExitModel:
+    """The nest. Goes on from the newest resume point; leaves the best weights in the model."""
+    run.restore()
+    for stage in run.stages_left():
+        for epoch in run.epochs_left(stage):
+            for batch in run.batches_left(stage, epoch):
+                for loss in stage.losses(batch, run.progress()):
+                    run.progress()
+                    run.accelerator.backward(loss)
+                    run.clip()
+                    run.step(loss)
+    return run.model
+
+
+@torch.no_grad()
+def exit_accuracies(model: MultiExitModel, rows: EncodedRows) -> list[float]:
+    """Accuracy of each exit over the rows; leaves the model in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    right = torch.zeros(model.config.num_exits, dtype=torch.long)
+    by_length = sorted(range(len(rows)), key=rows.lengths.__getitem__)
+    for start in range(0, len(by_length), EVALUATION_BATCH):
+        batch = rows.batch(by_length[start : start + EVALUATION_BATCH]).to(model.device)
+        predicted = model.logits(batch).argmax(dim=-1)
+        right += (predicted == batch.labels).sum(dim=1).cpu()
+    model.train(was_training)
+    return [int(count) / len(rows) for count in right]
+
+
+def make_accelerator(section: LoopSection) -> Accelerator:
+    """Accelerate for one process, with the precision that the recipe asks for."""
+    if section.precision == "fp16" and not torch.cuda.is_available():
+        raise RecipeError("loop.precision = 'fp16' needs a CUDA device; allowed here: no, bf16")
+    # Accelerate keeps its settings per process; a second run may want another precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision=section.precision)
+    if accelerator.num_processes > 1:
+        raise RecipeError(
+            f"{accelerator.num_processes} processes: fit runs in one; start it without a launcher"
+        )
+    return accelerator

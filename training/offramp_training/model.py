@@ -1,0 +1,166 @@
+"""The encoder under training: a transformers backbone with an exit head after chosen layers.
+
+Padded batches and every exit's logits: what gradients need. Serving runs the same weights without
+padding in `offramp_model`. Knows nothing about losses, data or exit policies.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from offramp_model.config import MultiExitConfig
+from offramp_model.heads import ExitHeads, pool_padded
+from offramp_training.config import ModelSection
+from offramp_training.errors import BackboneError, RecipeError
+
+if TYPE_CHECKING:
+    from offramp_training.batches import Batch
+
+SERVED_FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
+TOKENIZER_FILES = ("special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt")
+
+
+class MultiExitModel(nn.Module):
+    """Backbone and exit heads; `forward` gives the logits of every exit, [E, B, C]."""
+
+    def __init__(self, backbone: Any, config: MultiExitConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.exits = ExitHeads(config)
+        self._takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
+        # transformers' own pooler looks at the last layer only. It stays in the file, as it came.
+        pooler = getattr(backbone, "pooler", None)
+        if pooler is not None:
+            pooler.requires_grad_(False)
+            if config.pooler != "none" and hasattr(pooler, "dense"):
+                self.exits.init_pooler(pooler.dense)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        pooled = self.pooled(input_ids, attention_mask, token_type_ids)
+        return torch.stack([self.exits(index, rows) for index, rows in enumerate(pooled)])
+
+    def pooled(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """What each exit head sees: one vector per row and exit, [B, H] each."""
+        types = {"token_type_ids": token_type_ids} if self._takes_types else {}
+        output = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **types
+        )
+        return [
+            pool_padded(output.hidden_states[layer], attention_mask, self.config.pooling)
+            for layer in self.config.exit_layers
+        ]
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """`forward` of a batch."""
+        logits: torch.Tensor = self(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        return logits
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.backbone.config.pad_token_id or 0)
+
+    def save_backbone(self, directory: Path) -> None:
+        """`config.json` and `model.safetensors`, under Hugging Face's own names."""
+        self.backbone.save_pretrained(directory)
+
+    def exit_tensors(self) -> dict[str, torch.Tensor]:
+        """What goes into `exits.safetensors`."""
+        return {name: value.detach().cpu() for name, value in self.exits.state_dict().items()}
+
+
+def build_model(
+    directory: Path, section: ModelSection, labels: tuple[str, ...], seed: int
+) -> MultiExitModel:
+    """A backbone from a local directory with fresh exit heads, the same heads for the same seed."""
+    backbone = load_backbone(directory)
+    config = _multi_exit_config(backbone.config, section, labels)
+    backbone.config.id2label = dict(enumerate(labels))
+    backbone.config.label2id = {label: number for number, label in enumerate(labels)}
+    torch.manual_seed(seed)
+    return MultiExitModel(backbone, config)
+
+
+def load_backbone(directory: Path) -> Any:
+    """transformers' model of a directory: safetensors only, no remote code, float32."""
+    from transformers import AutoConfig, AutoModel  # slow to import: not for `inspect` or `--help`
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        family = AutoConfig.from_pretrained(directory, local_files_only=True).model_type
+        if family in SERVED_FAMILIES:
+            return AutoModel.from_pretrained(
+                directory,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+            )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackboneError(f"{directory}: not a readable backbone: {reason}") from None
+    raise BackboneError(
+        f"{directory}: model_type {family!r}; allowed: {', '.join(SERVED_FAMILIES)}"
+    )
+
+
+def _multi_exit_config(backbone: Any, section: ModelSection, labels: Any) -> MultiExitConfig:
+    layers = backbone.num_hidden_layers
+    exits = section.exit_layers or tuple(range(1, layers + 1))
+    if exits[-1] != layers:
+        raise RecipeError(
+            f"model.exit_layers = {list(exits)}; the backbone has {layers} layers, allowed: "
+            f"ascending layer numbers of which the last is {layers}"
+        )
+    longest = backbone.max_position_embeddings
+    if "roberta" in backbone.model_type:
+        longest -= backbone.pad_token_id + 1  # its positions start after the padding id
+    if section.max_length > longest:
+        raise RecipeError(
+            f"model.max_length = {section.max_length}; the backbone has {longest} positions"
+        )
+    return MultiExitConfig(
+        num_layers=layers,
+        hidden_size=backbone.hidden_size,
+        exit_layers=exits,
+        labels=labels,
+        pooling=section.pooling,
+        pooler=section.pooler,
+        max_length=section.max_length,
+        head_dropout=section.head_dropout,
+    )
+
+
+def save_tokenizer(source: Path, target: Path) -> None:
+    """The tokenizer files of `source`, whichever of them it has, in Hugging Face's fast form."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, local_files_only=True, use_fast=True, trust_remote_code=False
+    )
+    tokenizer.save_pretrained(target)
+    for name in TOKENIZER_FILES:  # transformers 5 no longer writes these; other readers want them
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

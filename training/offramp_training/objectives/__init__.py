@@ -1,0 +1,25 @@
+"""The table of training objectives. A new one is a file beside this one and a line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from offramp_training.objectives.base import Objective, Progress, Stage
+from offramp_training.objectives.joint import Joint
+
+OBJECTIVES: dict[str, Any] = {
+    "joint": Joint,
+}
+
+
+def make_objective(options: dict[str, Any]) -> Objective:
+    """What an `[objective]` table asks for; the objective checks its own options."""
+    name = options.get("name", "joint")
+    if name not in OBJECTIVES:
+        known = ", ".join(sorted(OBJECTIVES))
+        raise ValueError(f"objective.name = {name!r} is unknown; known objectives: {known}")
+    made: Objective = OBJECTIVES[name](**options)
+    return made
+
+
+__all__ = ["OBJECTIVES", "Objective", "Progress", "Stage", "make_objective"]

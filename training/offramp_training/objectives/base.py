@@ -1,0 +1,86 @@
+"""The seam between the training loop and what it trains for.
+
+An `Objective` turns a model into a list of `Stage`s; the loop runs them in order, one visible nest:
+stage -> epoch -> batch -> loss -> backward, clip, step. A stage decides which parameters move,
+which losses they see and what it remembers; it never calls the optimiser of the loop. Networks of its own
+(a gate, a weight predictor, with their own optimiser) live inside the stage and travel in its
+`state_dict`, so that a resumed run is the same run.
+
+Knows nothing about files, progress bars, validation or early stopping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from offramp_training.batches import Batch
+    from offramp_training.config import Recipe
+    from offramp_training.model import MultiExitModel
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the loop stands when it asks a stage for losses."""
+
+    epoch: int
+    step: int  # optimiser steps done in this stage
+    total_steps: int  # optimiser steps this stage will take
+    lr: float  # of the backbone, at this step
+
+
+class Stage:
+    """One stage of training. Defaults: every parameter, the recipe's rates, nothing to remember."""
+
+    def __init__(self, name: str, model: MultiExitModel, epochs: int) -> None:
+        self.name = name
+        self.model = model
+        self.epochs = epochs
+        self.steps_per_batch = 1  # how many losses one batch yields
+        self.batch_size: int | None = None  # None: the recipe's
+        self.keeps_best = True  # end with the best weights by held-out accuracy, not the newest
+        self.lr: float | None = None  # None: the recipe's two rates; else one for all parameters
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Named parameters this stage trains; all others stay bit-identical."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def prepare(self, batches: Callable[[], Iterable[Batch]]) -> None:
+        """Before the first epoch, with the training rows in file order. Not when resuming in it."""
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Before the first batch of an epoch. Not called when resuming inside it."""
+
+    def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
+        """Scalars to descend, `steps_per_batch` of them; the loop steps between two of them."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the model: nested dicts, lists, tensors, numbers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo of `state_dict`."""
+
+
+class Objective(Protocol):
+    """What a recipe's `[objective]` table becomes: its own options, and the stages they ask for."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def exit_policy(self) -> str:
+        """The policy that checkpoints of this objective serve with unless told otherwise."""
+        ...
+
+    def stages(self, model: MultiExitModel, config: Recipe) -> list[Stage]: ...
+
+    def options(self) -> dict[str, Any]:
+        """Every hyper-parameter, ready for JSON."""
+        ...

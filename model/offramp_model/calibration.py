@@ -211,8 +211,8 @@ def threshold_speedups(seen: ExitTrace) -> tuple[NDArray[np.float64], NDArray[np
     sign = 1.0 if seen.direction == "below" else -1.0
     # Smaller is more eager; a row that cannot leave somewhere is never eager there.
     cost = torch.where(seen.can_leave, sign * seen.signal, torch.inf)[:-1].numpy()
-    values = np.unique(cost[np.isfinite(cost)])
-    best = np.minimum.accumulate(cost, axis=0)
+    best = np.minimum.accumulate(cost, axis=0)  # the most favourable signal so far
+    values = np.unique(best[np.isfinite(best)])
     layers_run = np.full(len(values), rows * layers[0])
     for exit_index, best_so_far in enumerate(best):
         left = np.searchsorted(np.sort(best_so_far), values, side="right")

@@ -112,13 +112,14 @@ class _Embeddings:
         x = F.embedding(batch.input_ids, self.words)
         x = x + F.embedding(batch.positions + self.first_position, self.positions)
         if self.types is not None:
-            x = x + F.embedding(batch.type_ids, self.types)
+            # A family with a single type (RoBERTa) was never trained on a second one.
+            x = x + F.embedding(batch.type_ids.clamp(max=self.types.shape[0] - 1), self.types)
         x = self.norm(x)
         return x if self.projection is None else self.projection(x)
 
 
 class _Reader:
-    """Reads a backbone's tensors under its family's names, cast to the serving dtype."""
+    """Reads a backbone's tensors under its family's names, checks shapes, casts to the dtype."""
 
     def __init__(
         self,
@@ -130,50 +131,68 @@ class _Reader:
     ) -> None:
         self._source, self._family, self._backbone = source, family, backbone
         self._device, self._dtype = device, dtype
+        self._width, self._inner = int(backbone[family.width_key]), int(backbone[family.ffn_key])
         eps_key = family.norm_eps_key
         self._eps = float(backbone[eps_key]) if eps_key else 1e-12
 
-    def tensor(self, name: str) -> Tensor:
-        return self._source(name).to(self._device, self._dtype)
+    def tensor(self, name: str, *shape: int | None) -> Tensor:
+        """One tensor; None in `shape` stands for any size."""
+        tensor = self._source(name)
+        fits = len(shape) == tensor.ndim and all(
+            expected in (None, actual)
+            for expected, actual in zip(shape, tensor.shape, strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, but config.json asks for {shape}"
+            )
+        return tensor.to(self._device, self._dtype)
 
-    def linear(self, *names: str) -> _Linear:
-        """One linear layer; several names are stacked along the output."""
-        weights = torch.cat([self.tensor(f"{name}.weight") for name in names])
-        return _Linear(weights, torch.cat([self.tensor(f"{name}.bias") for name in names]))
+    def linear(self, *names: str, inputs: int, outputs: int) -> _Linear:
+        """One linear layer; several names of the same shape are stacked along the output."""
+        weights = [self.tensor(f"{name}.weight", outputs, inputs) for name in names]
+        biases = [self.tensor(f"{name}.bias", outputs) for name in names]
+        return _Linear(torch.cat(weights), torch.cat(biases))
 
-    def norm(self, name: str) -> _Norm:
-        return _Norm(self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias"), self._eps)
+    def norm(self, name: str, width: int) -> _Norm:
+        weight, bias = self.tensor(f"{name}.weight", width), self.tensor(f"{name}.bias", width)
+        return _Norm(weight, bias, self._eps)
 
     def layer(self, layer_index: int) -> _Layer:
         prefix = self._family.layer_prefix.format(layer_index)
-        names = self._family.layer
+        names, width, inner = self._family.layer, self._width, self._inner
         activation = str(self._backbone[self._family.activation_key])
         if activation not in _ACTIVATIONS:
             raise ValueError(
                 f"activation {activation!r} is not supported; known: {sorted(_ACTIVATIONS)}"
             )
+        qkv = [prefix + name for name in (names.query, names.key, names.value)]
         return _Layer(
-            qkv=self.linear(prefix + names.query, prefix + names.key, prefix + names.value),
-            attention_out=self.linear(prefix + names.attention_out),
-            attention_norm=self.norm(prefix + names.attention_norm),
-            ffn_in=self.linear(prefix + names.ffn_in),
-            ffn_out=self.linear(prefix + names.ffn_out),
-            ffn_norm=self.norm(prefix + names.ffn_norm),
+            qkv=self.linear(*qkv, inputs=width, outputs=width),
+            attention_out=self.linear(prefix + names.attention_out, inputs=width, outputs=width),
+            attention_norm=self.norm(prefix + names.attention_norm, width),
+            ffn_in=self.linear(prefix + names.ffn_in, inputs=width, outputs=inner),
+            ffn_out=self.linear(prefix + names.ffn_out, inputs=inner, outputs=width),
+            ffn_norm=self.norm(prefix + names.ffn_norm, width),
             num_heads=int(self._backbone[self._family.heads_key]),
             activation=_ACTIVATIONS[activation],
         )
 
     def embeddings(self) -> _Embeddings:
-        width = int(self._backbone[self._family.width_key])
-        projected = int(self._backbone.get("embedding_size") or width) != width
+        # ELECTRA may embed into a smaller width and project.
+        inner = int(self._backbone.get("embedding_size") or self._width)
         padding = int(self._backbone.get("pad_token_id") or 0)
-        types = "embeddings.token_type_embeddings.weight" if self._family.has_types else None
+        types, projection = None, None
+        if self._family.has_types:
+            types = self.tensor("embeddings.token_type_embeddings.weight", None, inner)
+        if inner != self._width:
+            projection = self.linear("embeddings_project", inputs=inner, outputs=self._width)
         return _Embeddings(
-            words=self.tensor("embeddings.word_embeddings.weight"),
-            positions=self.tensor("embeddings.position_embeddings.weight"),
-            types=self.tensor(types) if types else None,
-            norm=self.norm("embeddings.LayerNorm"),
-            projection=self.linear("embeddings_project") if projected else None,
+            words=self.tensor("embeddings.word_embeddings.weight", None, inner),
+            positions=self.tensor("embeddings.position_embeddings.weight", None, inner),
+            types=types,
+            norm=self.norm("embeddings.LayerNorm", inner),
+            projection=projection,
             first_position=padding + 1 if self._family.positions_after_padding else 0,
         )
 

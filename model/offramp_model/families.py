@@ -49,7 +49,7 @@ _DISTILBERT_LAYER = LayerNames(
 class Family:
     """How one architecture's configuration and tensors are named.
 
-    The five `*_key` fields name entries of its `config.json`. Positions start at
+    The `*_key` fields name entries of its `config.json`. Positions start at
     `pad_token_id + 1` in the RoBERTa line, at 0 elsewhere.
     """
 
@@ -59,6 +59,7 @@ class Family:
     positions_after_padding: bool = False
     layers_key: str = "num_hidden_layers"
     width_key: str = "hidden_size"
+    ffn_key: str = "intermediate_size"
     heads_key: str = "num_attention_heads"
     activation_key: str = "hidden_act"
     norm_eps_key: str | None = "layer_norm_eps"  # None: fixed at 1e-12
@@ -72,6 +73,7 @@ _DISTILBERT = Family(
     has_types=False,
     layers_key="n_layers",
     width_key="dim",
+    ffn_key="hidden_dim",
     heads_key="n_heads",
     activation_key="activation",
     norm_eps_key=None,

@@ -1,0 +1,164 @@
+"""The acceptance cases for signals, votes, exit simulation and speed-up."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from offramp_model import signals
+from offramp_model.calibration import ExitTrace, spread_thresholds, threshold_speedups
+from offramp_model.layer_loop import layer_loop, start_rows
+from offramp_model.policies import VotePolicy
+from offramp_model.recorded import RecordedExits, RecordedStack
+from offramp_model.rows import RowSettings
+from offramp_model.speed import count_exits, mean_exit_layer, speedup_ratio
+
+NAMES = {
+    "max_softmax": lambda z, t: signals.max_probability(z / t),
+    "normalised_entropy": signals.normalised_entropy,
+    "energy": signals.energy,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_signals(oracle_cases: Any, dtype: torch.dtype) -> None:
+    for case in oracle_cases("cosee", "signals"):
+        logits = torch.tensor(case["inputs"]["logits"], dtype=dtype)
+        tolerance = case["tolerance"][f"abs_{str(dtype).removeprefix('torch.')}"]
+        for name, function in NAMES.items():
+            value = function(logits, case["inputs"]["temperature"])
+            assert value.dtype == dtype
+            assert torch.isfinite(value)
+            assert float(value) == pytest.approx(case["expected"][name], abs=tolerance), case[
+                "case"
+            ]
+        if case["case"].startswith("C1_50"):
+            assert float(signals.energy(logits)) == pytest.approx(
+                case["expected"]["energy"], rel=1e-5
+            )
+
+
+def test_energy_gradient(oracle_cases: Any) -> None:
+    for case in oracle_cases("cosee", "energy_gradient"):
+        logits = torch.tensor(case["inputs"]["logits"], dtype=torch.float64, requires_grad=True)
+        signals.energy(logits, case["inputs"].get("temperature", 1)).sum().backward()
+        (expected,) = case["expected"].values()
+        torch.testing.assert_close(
+            logits.grad, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0
+        )
+
+
+def vote(labels: list[int], tau: float, exponent: float, min_layer: int, fallback: Any) -> Any:
+    """Run one row whose exits say `labels` through the layer loop under the vote policy."""
+    logits = torch.nn.functional.one_hot(torch.tensor(labels), max(labels) + 2).float()[:, None]
+    stack = RecordedStack(RecordedExits(logits, tuple(range(1, len(labels) + 1))))
+    policy = VotePolicy(exponent=exponent, fallback=fallback)
+    settings = RowSettings.uniform(1, tau, min_layer=min_layer, max_layer=len(labels))
+    rows = start_rows(stack, stack.batch(), policy, settings)
+    (leavers,) = layer_loop(stack, rows, policy)
+    return leavers
+
+
+def test_votes(oracle_cases: Any) -> None:
+    for case in oracle_cases("ensemble", "vote_exit"):
+        inputs, expected = case["inputs"], case["expected"]
+        arguments = (
+            inputs["labels_per_layer"],
+            inputs["tau"],
+            inputs.get("p", 0.75),
+            inputs.get("min_layer", 1),
+        )
+        leavers = vote(*arguments, "last")
+        assert leavers.exit_layer == expected["exit_layer"], case["case"]
+        assert int(leavers.label) == expected["label"], case["case"]
+        assert bool(leavers.by_policy) == expected["by_vote"], case["case"]
+        if "score_at_exit" in expected:
+            assert float(leavers.signal) == pytest.approx(expected["score_at_exit"], abs=1e-5)
+        if "label_if_majority_fallback" in expected:
+            majority = vote(*arguments, "majority")
+            assert int(majority.label) == expected["label_if_majority_fallback"], case["case"]
+
+
+def test_unanimous_votes(oracle_cases: Any) -> None:
+    for case in oracle_cases("ensemble", "vote_exit_unanimous"):
+        layers = case["inputs"]["num_layers"]
+        for tau, expected in zip(
+            case["inputs"]["taus"], case["expected"]["exit_layers"], strict=True
+        ):
+            leavers = vote([1] * layers, tau, case["inputs"]["p"], 1, "last")
+            assert (leavers.exit_layer if bool(leavers.by_policy) else None) == expected
+
+
+def simulated(case: dict[str, Any], dtype: torch.dtype) -> ExitTrace:
+    """The case's signals as a trace: rows × internal layers there, exits × rows here."""
+    internal = torch.tensor(case["inputs"]["signals"], dtype=dtype).T
+    last = torch.full((1, internal.shape[1]), torch.nan, dtype=dtype)
+    signal = torch.cat([internal, last])
+    return ExitTrace(
+        signal=signal.double(),
+        can_leave=~signal.isnan(),
+        label=torch.zeros(signal.shape, dtype=torch.int64),
+        end_label=torch.zeros(signal.shape[1], dtype=torch.int64),
+        exit_layers=tuple(range(1, signal.shape[0] + 1)),
+        direction=case["inputs"]["direction"],
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exit_simulation(oracle_cases: Any, dtype: torch.dtype) -> None:
+    for case in oracle_cases("cosee", "exit_simulation"):
+        seen = simulated(case, dtype)
+        exit_layer, _ = seen.outcome(float(case["inputs"]["tau"]))
+        assert exit_layer.tolist() == case["expected"]["exit_layers"], case["case"]
+        if "speedup" in case["expected"]:
+            counts = count_exits(exit_layer.tolist(), seen.exit_layers[-1])
+            assert speedup_ratio(counts) == pytest.approx(case["expected"]["speedup"], abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sweep_knows_every_threshold(oracle_cases: Any, dtype: torch.dtype) -> None:
+    for case in oracle_cases("cosee", "exit_simulation_sweep"):
+        values, speedups = threshold_speedups(simulated(case, dtype))
+        numpy_dtype = np.float32 if dtype == torch.float32 else np.float64
+        expected = [
+            np.nextafter(numpy_dtype(v), numpy_dtype(np.inf))
+            for v in case["inputs"]["tau_is_nextafter_of"]
+        ]
+        assert values.tolist() == [float(v) for v in expected]
+        assert (4 / speedups).tolist() == pytest.approx(case["expected"]["mean_exit_layer"])
+
+
+def test_the_threshold_of_a_requested_speedup(oracle_cases: Any) -> None:
+    for case in oracle_cases("cosee", "threshold_for_speedup"):
+        seen = simulated(case, torch.float64)
+        values, speedups = threshold_speedups(seen)
+        index = int(np.searchsorted(speedups, case["inputs"]["target_speedup"]))
+        assert values[index] == np.nextafter(case["expected"]["tau_is_nextafter_of"], np.inf)
+        assert speedups[index] == case["expected"]["speedup"]
+        assert float(values[index]) in spread_thresholds(seen, 50)
+
+
+def test_speedup(oracle_cases: Any) -> None:
+    for case in oracle_cases("common", "speedup"):
+        counts = count_exits(case["inputs"]["exit_layers"], case["inputs"]["num_layers"])
+        assert speedup_ratio(counts) == pytest.approx(case["expected"]["speedup"], abs=1e-5)
+    for case in oracle_cases("common", "speedup_from_counts"):
+        counts = case["inputs"]["exit_counts"]
+        assert speedup_ratio(counts) == pytest.approx(case["expected"]["speedup"], abs=1e-6)
+        assert mean_exit_layer(counts) == pytest.approx(case["expected"]["mean_exit_layer"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e2, 1e4])
+def test_signals_stay_finite(scale: float) -> None:
+    logits = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)) * scale
+    for function in (
+        signals.max_probability,
+        signals.margin,
+        signals.normalised_entropy,
+        signals.energy,
+    ):
+        assert torch.isfinite(function(logits)).all()
+        assert torch.isnan(function(logits * torch.nan)).all()
+        assert function(logits.bfloat16()).dtype == torch.float32

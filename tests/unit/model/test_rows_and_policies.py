@@ -1,0 +1,233 @@
+"""Packing, compaction of everything per row, policies' rules, configuration, tokenizer."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offramp_model.config import MultiExitConfig
+from offramp_model.policies import (
+    POLICIES,
+    HeadOutput,
+    VotePolicy,
+    make_policy,
+    never,
+    threshold_range,
+)
+from offramp_model.recorded import RecordedExits, RecordedStack, record_exits, replay
+from offramp_model.rows import ActiveRows, Encoding, PackedTokens, RowSettings, TokenBatch
+from offramp_model.speed import count_exits, mean_exit_layer
+from offramp_model.tokenizer import InputTooLong, TextTokenizer
+
+
+@given(lengths=st.lists(st.integers(1, 9), max_size=12))
+def test_packing_keeps_every_token(lengths: list[int]) -> None:
+    encodings = [
+        Encoding([100 * row + place for place in range(length)], [row % 2] * length)
+        for row, length in enumerate(lengths)
+    ]
+    batch = TokenBatch.pack(encodings)
+    offsets = batch.cu_seqlens.tolist()
+    assert batch.num_tokens == sum(lengths)
+    assert offsets[0] == 0
+    for packed, submitted in enumerate(batch.order.tolist()):
+        tokens = slice(offsets[packed], offsets[packed + 1])
+        assert batch.input_ids[tokens].tolist() == encodings[submitted].ids
+        assert batch.type_ids[tokens].tolist() == encodings[submitted].type_ids
+        assert batch.positions[tokens].tolist() == list(range(lengths[submitted]))
+    runs = PackedTokens(torch.zeros(batch.num_tokens, 1), batch.cu_seqlens).runs
+    assert [run.length for run in runs] == sorted(set(lengths))
+    assert sum(run.rows for run in runs) == len(lengths)
+    assert all(left.stop == right.start for left, right in itertools.pairwise(runs))
+
+
+def test_an_empty_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="text 1 has no tokens"):
+        TokenBatch.pack([Encoding([1], [0]), Encoding([], [])])
+
+
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=10), data=st.data())
+def test_keep_drops_a_row_from_everything(lengths: list[int], data: st.DataObject) -> None:
+    count = len(lengths)
+    batch = TokenBatch.pack([Encoding([row] * n, [0] * n) for row, n in enumerate(lengths)])
+    values = batch.input_ids[:, None].double()
+    rows = ActiveRows(
+        hidden=PackedTokens(values, batch.cu_seqlens),
+        row=batch.order,
+        threshold=batch.order.double() / 10,
+        min_layer=batch.order + 1,
+        max_layer=batch.order + 100,
+        alive=torch.ones(count, dtype=torch.bool),
+        state={"memory": batch.order[:, None].repeat(1, 3)},
+    )
+    for _ in range(2):
+        flags = data.draw(st.lists(st.booleans(), min_size=rows.num_rows, max_size=rows.num_rows))
+        stays = torch.tensor(flags, dtype=torch.bool)
+        expected = rows.row[stays].tolist()
+        rows.keep(stays)
+        assert rows.row.tolist() == expected
+        assert rows.threshold.tolist() == [row / 10 for row in expected]
+        assert rows.min_layer.tolist() == [row + 1 for row in expected]
+        assert rows.max_layer.tolist() == [row + 100 for row in expected]
+        assert rows.state["memory"][:, 0].tolist() == expected
+        assert rows.hidden.lengths.tolist() == [lengths[row] for row in expected]
+        assert rows.hidden.values[:, 0].tolist() == [
+            row for row in expected for _ in range(lengths[row])
+        ]
+
+
+def test_patience_counts_agreements_in_a_row() -> None:
+    said = [0, 0, 1, 1, 1, 1]
+    logits = torch.nn.functional.one_hot(torch.tensor(said), 2).float()[:, None]
+    recorded = RecordedExits(logits, (1, 2, 3, 4, 5, 6))
+    for patience, expected in ((0, 1), (1, 2), (2, 5), (3, 6), (4, 6)):
+        outcome = replay(recorded, make_policy("patience"), float(patience))
+        assert int(outcome.exit_layer) == expected, patience
+
+
+@pytest.mark.parametrize(
+    ("name", "logits", "tie"),
+    [
+        ("confidence", [0.0, 0.0], 0.5),
+        ("margin", [0.0, 0.0], 0.0),
+        ("entropy", [0.0, 0.0], 1.0),
+        ("energy", [0.0, 0.0], 1 / 3),
+    ],
+)
+def test_a_tie_stays_and_the_next_float_leaves(name: str, logits: list[float], tie: float) -> None:
+    policy = make_policy(name)
+    recorded = RecordedExits(torch.tensor([[logits], [logits]]), (1, 2))
+    signal = float(replay(recorded, policy, never(policy)).signal)
+    assert signal == pytest.approx(tie)
+    assert int(replay(recorded, policy, signal).exit_layer) == 2
+    towards = 2.0 if policy.direction == "below" else -2.0
+    nearest = torch.nextafter(torch.tensor(signal), torch.tensor(towards))
+    assert int(replay(recorded, policy, float(nearest)).exit_layer) == 1
+
+
+def test_thresholds_are_compared_in_the_signals_own_dtype() -> None:
+    # 0.9 in float32 is a little below 0.9 in float64; a signal of exactly 0.9f must tie.
+    logits = torch.tensor([[[0.0, float(torch.logit(torch.tensor(0.9)))]]] * 2)
+    signal = torch.softmax(logits, -1).amax(-1)[0]
+    outcome = replay(RecordedExits(logits, (1, 2)), make_policy("confidence"), float(signal))
+    assert int(outcome.exit_layer) == 2
+
+
+def test_min_layer_holds_back_and_max_layer_forces() -> None:
+    recorded = RecordedExits(torch.randn(5, 4, 2), (1, 2, 3, 4, 5))
+    policy = make_policy("confidence")
+    assert replay(recorded, policy, 0.0, min_layer=3).exit_layer.eq(3).all()
+    assert replay(recorded, policy, never(policy), max_layer=2).exit_layer.eq(2).all()
+    assert replay(recorded, policy, 0.0, min_layer=2, max_layer=2).exit_layer.eq(2).all()
+
+
+def test_an_unknown_policy_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(
+        ValueError, match="unknown exit policy 'hope'; known: full_depth, fixed_layer"
+    ):
+        make_policy("hope")
+
+
+@pytest.mark.parametrize("exponent", [-0.1, 1.0, 2.0])
+def test_a_vote_exponent_out_of_range_is_refused(exponent: float) -> None:
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
+        VotePolicy(exponent=exponent)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_never_and_the_range_of_thresholds(name: str) -> None:
+    config = MultiExitConfig(num_layers=3, hidden_size=4, exit_layers=(1, 2, 3), labels=("a", "b"))
+    low, high = threshold_range(make_policy(name), config)
+    assert low < high
+    assert abs(never(make_policy(name))) == float("inf")
+
+
+def test_policies_decide_for_no_rows() -> None:
+    stack = RecordedStack(RecordedExits(torch.zeros(1, 1, 2), (1,)))
+    for name in POLICIES:
+        policy = make_policy(name)
+        empty = ActiveRows(
+            hidden=PackedTokens(torch.zeros(0, 1), torch.zeros(1, dtype=torch.int32)),
+            row=torch.zeros(0, dtype=torch.int64),
+            threshold=torch.zeros(0, dtype=torch.float64),
+            min_layer=torch.zeros(0, dtype=torch.int64),
+            max_layer=torch.zeros(0, dtype=torch.int64),
+            alive=torch.zeros(0, dtype=torch.bool),
+            state=policy.initial_state(0, stack.num_labels, "cpu"),
+        )
+        assert policy.decide(1, HeadOutput(torch.zeros(0, 2)), empty).leaving.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exit_layers": ()}, "exit_layers is empty"),
+        ({"exit_layers": (2, 1, 4)}, "must be ascending"),
+        ({"exit_layers": (0, 4)}, "must be ascending"),
+        ({"exit_layers": (1, 2)}, "the last exit is at layer 2"),
+        ({"labels": ("a",)}, "at least two different names"),
+        ({"labels": ("a", "a")}, "at least two different names"),
+        ({"pooling": "max"}, "'cls' or 'mean'"),
+        ({"colour": 1}, "Extra inputs are not permitted"),
+    ],
+)
+def test_an_impossible_model_is_refused(changes: dict[str, Any], message: str) -> None:
+    good = {"num_layers": 4, "hidden_size": 8, "exit_layers": (2, 4), "labels": ("a", "b")}
+    with pytest.raises(ValueError, match=message):
+        MultiExitConfig(**(good | changes))
+
+
+def test_speed_refuses_nonsense() -> None:
+    with pytest.raises(ValueError, match="at least one row"):
+        mean_exit_layer([0, 0])
+    with pytest.raises(ValueError, match=r"exit layer 5 is outside 1\.\.4"):
+        count_exits([1, 5], 4)
+
+
+def test_recorded_exits_check_their_shape() -> None:
+    with pytest.raises(ValueError, match=r"\[2 exits, rows, classes\]"):
+        RecordedExits(torch.zeros(3, 1, 2), (1, 2))
+    with pytest.raises(ValueError, match="no texts"):
+        record_exits(RecordedStack(RecordedExits(torch.zeros(1, 1, 2), (1,))), [])
+
+
+def test_settings_follow_the_order() -> None:
+    settings = RowSettings(torch.tensor([0.1, 0.2]), torch.tensor([1, 2]), torch.tensor([3, 4]))
+    swapped = settings.at(torch.tensor([1, 0]))
+    assert swapped.threshold.tolist() == settings.threshold.flip(0).tolist()
+    assert swapped.max_layer.tolist() == [4, 3]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path, write_tiny: Any) -> TextTokenizer:
+    directory = write_tiny(tmp_path / "model")
+    return TextTokenizer(directory / "tokenizer.json", max_length=6)
+
+
+def test_long_texts_are_cut_or_refused(tokenizer: TextTokenizer) -> None:
+    long = " ".join(f"w{n}" for n in range(4, 20))
+    (cut,) = tokenizer.encode([long])
+    assert cut.ids == [2, 4, 5, 6, 7, 3]
+    (left,) = tokenizer.encode([long], side="left")
+    assert left.ids == [2, 16, 17, 18, 19, 3]
+    (short,) = tokenizer.encode([long], max_length=4)
+    assert short.ids == [2, 4, 5, 3]
+    assert tokenizer.encode([long])[0].ids == cut.ids  # a custom limit leaves no trace
+    with pytest.raises(InputTooLong, match="text 1 has 18 tokens, at most 6 are allowed"):
+        tokenizer.encode(["w4", long], truncate=False)
+    with pytest.raises(ValueError, match="max_length 7 is more than the model's 6"):
+        tokenizer.encode(["w4"], max_length=7)
+
+
+def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a tokenizer"):
+        TextTokenizer(tmp_path / "tokenizer.json", 8)
+
+
+def test_the_vocabulary_has_a_size(tokenizer: TextTokenizer) -> None:
+    assert tokenizer.vocab_size == 50

@@ -1,0 +1,77 @@
+# What people, the pre-commit hook and CI run. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 3000
+QUICKSTART ?= checkpoints/quickstart
+SST2 ?= checkpoints/sst2-joint
+SST2_DATA ?= ../shared/data/sst2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PACKAGES := model kernels training service
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test test-slow test-gpu check lint types imports spelling format \
+        quickstart bench-engine bench-kernels bench-service results-sst2 clean
+
+help: ## this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+install: $(INSTALLED) ## a virtual environment with everything this machine can use
+$(INSTALLED): pyproject.toml scripts/install.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) sh scripts/install.sh
+	@touch $@
+
+quickstart: $(QUICKSTART)/offramp.json ## train and calibrate the quickstart checkpoint (SNIPS), if there is none
+$(QUICKSTART)/offramp.json: | $(INSTALLED)
+	$(BIN)/offramp-train fit training/recipes/snips-joint.toml --data training/data/snips --output $(QUICKSTART)
+
+serve: $(INSTALLED) $(QUICKSTART)/offramp.json ## answer HTTP requests on port 3000 with the quickstart checkpoint
+	$(BIN)/offramp-serve --model-id $(QUICKSTART) --served-model-name snips --port $(PORT)
+
+test: $(INSTALLED) ## the whole test suite on CPU, slow tests left out
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED) ## the tests that take minutes: the quickstart as a newcomer types it
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(INSTALLED) ## kernels and engine on a CUDA device
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+check: lint types imports spelling test ## everything that must hold before a change goes in
+
+lint: $(INSTALLED) ## ruff: style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED) ## mypy, strict
+	$(BIN)/mypy
+
+imports: $(INSTALLED) ## the dependency rule
+	$(BIN)/lint-imports
+
+spelling: $(INSTALLED) ## codespell
+	$(BIN)/codespell $(PACKAGES) tests scripts docs *.md
+
+format: $(INSTALLED) ## rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+results-sst2: $(INSTALLED) ## train joint on SST-2 and write docs/results/sst2-joint.*
+	test -e $(SST2)/offramp.json || \
+	  $(BIN)/offramp-train fit training/recipes/sst2-joint.toml --data $(SST2_DATA) --output $(SST2)
+	$(BIN)/offramp-train evaluate $(SST2) --data $(SST2_DATA) --split validation \
+	  --json docs/results/sst2-joint.json --plot docs/results/sst2-joint.png
+
+bench-engine: $(INSTALLED) ## rows per second: engine at several speed-ups against transformers
+	$(BIN)/python model/bench/bench_engine.py $(SST2) --data $(SST2_DATA) --json docs/results/engine.json
+
+bench-kernels: $(INSTALLED) ## compaction kernels: time and bytes
+	$(BIN)/python kernels/bench/bench_kernels.py --json docs/results/kernels.json
+
+bench-service: $(INSTALLED) ## 200 concurrent clients against the quickstart server
+	$(BIN)/python service/bench/bench_service.py $(QUICKSTART) --data training/data/snips --json docs/results/service.json
+
+clean: ## remove what can be made again (not the checkpoints)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

@@ -1,0 +1,68 @@
+"""One signature per op: Triton for CUDA tensors, the plain-torch twin for everything else.
+
+Knows nothing about how an op works. Triton is imported on the first call that needs it, so the
+package works where Triton is not installed.
+"""
+
+import logging
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from offramp_kernels import reference
+from offramp_kernels.plan import CompactPlan
+
+_LOGGER = logging.getLogger(__name__)
+
+Backend = Literal["auto", "triton", "reference"]
+
+
+def compact_plan(keep: Tensor, cu_seqlens: Tensor, *, backend: Backend = "auto") -> CompactPlan:
+    """Plan the order-preserving move of the rows with ``keep`` set to the front.
+
+    keep: bool [B], cu_seqlens: int32 [B + 1]. Fixed-capacity answer; see CompactPlan.
+    """
+    if _runs_on_triton(keep, backend):
+        from offramp_kernels import compact_plan_kernel
+
+        return compact_plan_kernel.compact_plan(keep, cu_seqlens)
+    return reference.compact_plan(keep, cu_seqlens)
+
+
+def gather_rows(
+    values: Tensor,
+    cu_seqlens: Tensor,
+    plan: CompactPlan,
+    *,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Pack the survivors' token rows of ``values`` [T, H]; ``cu_seqlens`` are the old offsets.
+
+    Without ``out`` the answer has exactly T_alive rows (the host waits for the device to learn
+    it) and may be a view of ``values``. With ``out`` [capacity, H] the first T_alive rows are
+    written, the rest is left untouched, and ``out`` is returned without waiting.
+    """
+    if _runs_on_triton(values, backend):
+        from offramp_kernels import gather_rows_kernel
+
+        return gather_rows_kernel.gather_rows(values, cu_seqlens, plan, out=out)
+    return reference.gather_rows(values, cu_seqlens, plan, out=out)
+
+
+def _runs_on_triton(tensor: Tensor, backend: Backend) -> bool:
+    if backend not in get_args(Backend):
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(get_args(Backend))}")
+    if backend == "auto":
+        return tensor.is_cuda and _triton_is_installed()
+    return backend == "triton"
+
+
+@cache
+def _triton_is_installed() -> bool:
+    installed = find_spec("triton") is not None
+    if not installed:
+        _LOGGER.warning("triton is not installed: CUDA tensors take the slower torch path")
+    return installed

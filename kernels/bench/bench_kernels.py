@@ -1,6 +1,6 @@
 """Times the ops of offramp_kernels and prints JSON: medians, bytes, and % of a plain copy's speed.
 
-    python kernels/bench/bench_kernels.py [--device cuda|cpu] [--quick] [--out results.json]
+    python kernels/bench/bench_kernels.py [--device cuda|cpu] [--quick] [--threads N] [--out F]
 
 On CUDA it times the Triton kernels (``triton.testing.do_bench``: L2 flushed before every run), on a
 CPU the torch twins. Every case is first checked against another way to the same answer; a wrong
@@ -139,8 +139,12 @@ def main() -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
     parser.add_argument("--quick", action="store_true", help="the smallest batch only")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()
+    torch.set_num_threads(
+        arguments.threads
+    )  # one more than there are idle cores costs milliseconds
 
     with torch.inference_mode():
         measured = [measure(c, arguments.device) for c in cases(arguments.device, arguments.quick)]

@@ -1,0 +1,192 @@
+"""The command `offramp-serve`: read flags, open the checkpoint, serve, drain on SIGTERM.
+
+Everything about processes, signals and terminals is here; the application knows none of it.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+# Texts are tokenised one small request at a time; the library's own threads would compete with
+# the engine's for the cores. Read when the library is first used.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import uvicorn
+from prometheus_client import disable_created_metrics
+from pydantic import ValidationError
+
+from offramp_model.checkpoint import CheckpointError
+from offramp_service.app import create_app
+from offramp_service.pipeline import Pipeline
+from offramp_service.served_model import SettingsError
+from offramp_service.settings import Settings, parse_command_line
+
+log = logging.getLogger("offramp_service")
+
+# For connections whose last answer is still being written when the drain is over.
+_GOODBYE_S = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    # PID 1 of a container ignores SIGTERM unless it is handled, and loading takes a moment.
+    signal.signal(signal.SIGTERM, _exit_at_once)
+    try:
+        settings = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+    except ValidationError as error:
+        return _refuse(*(_explain(one["loc"], one["msg"]) for one in error.errors()))
+    _configure_logging(settings)
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a third of the series, of no use to anybody here
+    try:
+        app = create_app(settings)
+    except (CheckpointError, SettingsError) as error:
+        return _refuse(str(error))
+    pipeline: Pipeline = app.state.pipeline
+    _log_limits(pipeline)
+    server = Server(
+        uvicorn.Config(
+            app,
+            host=settings.hostname,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            timeout_graceful_shutdown=_GOODBYE_S,
+        ),
+        pipeline,
+    )
+    server.run()
+    code = 0 if server.started else 1
+    logging.shutdown()
+    sys.stdout.flush()
+    if pipeline.batcher.unanswered or pipeline.batcher.busy:
+        os._exit(code)  # a batch is still computing: the interpreter cannot end around it
+    return code
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our way to end: drain on the first signal, exit at once on the second."""
+
+    def __init__(self, config: uvicorn.Config, pipeline: Pipeline) -> None:
+        super().__init__(config)
+        self._pipeline = pipeline
+        self._draining: asyncio.Task[None] | None = None
+        self._signalled = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.started:
+            _greet(self._pipeline, self.servers[0].sockets[0].getsockname())
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by uvicorn's signal handlers, in the main thread."""
+        if self._signalled:
+            _exit_at_once(sig, frame)
+        self._signalled = True
+        self._loop.call_soon_threadsafe(self._start_drain, sig)
+
+    def _start_drain(self, sig: int) -> None:
+        self._draining = self._loop.create_task(self._drain(sig))
+
+    async def _drain(self, sig: int) -> None:
+        settings = self._pipeline.settings
+        log.info("%s: shutting down", signal.Signals(sig).name)
+        # Ctrl-C comes from a person, not from an orchestrator that watches readiness.
+        serve_on_s = 0.0 if sig == signal.SIGINT else settings.drain_seconds
+        await self._pipeline.lifecycle.drain(
+            serve_on_s=serve_on_s, finish_s=settings.shutdown_timeout
+        )
+        self._pipeline.batcher.close()
+        self.should_exit = True
+
+
+def _exit_at_once(sig: int, _: FrameType | None) -> None:
+    os._exit(128 + sig)
+
+
+def _greet(pipeline: Pipeline, address: tuple[str, int]) -> None:
+    """One line for a person, with something to paste into a terminal."""
+    host, port = address[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+    if ":" in host and not host.startswith("["):
+        host = f"[{host}]"
+    body = {"input": "a warm, funny film"}
+    if pipeline.model.max_speedup >= 2:
+        body["speedup"] = 2  # type: ignore[assignment]
+    curl = (
+        f"curl -i http://{host}:{port}/classify -H 'content-type: application/json' "
+        f"-d '{json.dumps(body)}'"
+    )
+    if pipeline.settings.json_output:
+        log.info("listening on http://%s:%d", host, port)
+    else:
+        print(f"{pipeline.model.name} is ready. Try: {curl}", flush=True)
+
+
+def _log_limits(pipeline: Pipeline) -> None:
+    settings, model = pipeline.settings, pipeline.model
+    log.info(
+        "serving %s (%s): %d layers, exits %s, policy %s, speed-up %.4g to %.4g (default %.4g), "
+        "%s on %s, %d threads",
+        *(model.name, model.sha, model.num_layers, model.config.exit_layers, model.policy.name),
+        *(model.min_speedup, model.max_speedup, model.default_speedup),
+        *(model.dtype, model.device, settings.engine_threads),
+    )
+    log.info(
+        "limits: %d tokens a text, %d texts a request, %d tokens and %s texts a batch, "
+        "%d texts inside, %d tokens queued, %d bytes a body, %d ms a request",
+        *(model.max_input_length, settings.max_client_batch_size, settings.max_batch_tokens),
+        settings.max_batch_requests or "any number of",
+        *(settings.max_concurrent_requests, settings.max_queued_tokens),
+        *(settings.payload_limit, settings.request_timeout_ms),
+    )
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def _configure_logging(settings: Settings) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _JsonLines()
+        if settings.json_output
+        else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    )
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    logging.getLogger("uvicorn.error").setLevel(
+        logging.DEBUG if settings.log_level == "debug" else logging.WARNING
+    )
+
+
+def _explain(location: tuple[int | str, ...], message: str) -> str:
+    flag = f"--{str(location[0]).replace('_', '-')}: " if location else ""
+    return flag + message.removeprefix("Value error, ")
+
+
+def _refuse(*reasons: str) -> int:
+    for reason in reasons:
+        print(f"offramp-serve: {reason}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""`create_app(settings)`: wiring and lifespan only.
+
+Life of a request: a door in `routes/` reads it → `pipeline` tokenises → `batcher` admits, queues
+and forms a batch → `engine`, in its own thread, runs the layers and answers each text where it
+leaves → the door words the response.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from importlib.metadata import version
+
+from fastapi import FastAPI, Request
+from prometheus_client import CollectorRegistry
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from offramp_service.batcher import Batcher, Limits
+from offramp_service.engine import Engine
+from offramp_service.errors import NotReady, ServiceError
+from offramp_service.lifecycle import Lifecycle
+from offramp_service.metrics import Metrics
+from offramp_service.pipeline import Pipeline
+from offramp_service.routes import classify, info, probes
+from offramp_service.routes.door import CALL, Call
+from offramp_service.schemas import error_body
+from offramp_service.served_model import ServedModel, load_model
+from offramp_service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+DOORS = (classify,)
+
+# A batch that is running when the process should end gets so long.
+_JOIN_S = 5.0
+
+
+def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
+    """The application for one model; loads it unless an opened one is given.
+
+    Raises:
+        CheckpointError, SettingsError: see `load_model`.
+    """
+    model = model or load_model(settings)
+    metrics = Metrics(
+        CollectorRegistry(),
+        model_name=model.name,
+        model_version=model.version,
+        num_layers=model.num_layers,
+        routes=[path for one in DOORS for path in one.PATHS],
+    )
+    engine = Engine(model.stack, model.policy, device=model.device, threads=settings.engine_threads)
+    batcher = Batcher(engine, _limits(settings), metrics)
+    lifecycle = Lifecycle()
+    pipeline = Pipeline(settings, model, batcher, metrics, lifecycle)
+    thread = _EngineThread(engine, batcher, model.max_input_length)
+    _describe(metrics, model, lifecycle)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await thread.warm()
+        lifecycle.phase = "ready"
+        try:
+            yield
+        finally:
+            lifecycle.phase = "closed"
+            batcher.close()
+            pipeline.close()
+            await asyncio.to_thread(thread.join, _JOIN_S)
+
+    app = FastAPI(
+        title="offramp",
+        version=version("offramp"),
+        summary="Text classification that answers as soon as it is sure.",
+        lifespan=lifespan,
+    )
+    for one in DOORS:
+        app.include_router(one.router(pipeline))
+    app.include_router(probes.router(lifecycle, lambda: thread.is_alive() and not batcher.stuck))
+    app.include_router(info.router(pipeline))
+    _map_errors(app, metrics)
+    app.state.pipeline = pipeline
+    return app
+
+
+class _EngineThread(threading.Thread):
+    """The one thread that computes: warms the engine up, then serves batches until closed.
+
+    A daemon, so that a batch that never ends cannot keep the process alive.
+    """
+
+    def __init__(self, engine: Engine, batcher: Batcher, max_length: int) -> None:
+        super().__init__(name="engine", daemon=True)
+        self._engine, self._batcher, self._max_length = engine, batcher, max_length
+
+    async def warm(self) -> None:
+        """Start, and come back when the engine is warm."""
+        self._loop = asyncio.get_running_loop()
+        self._warm: asyncio.Future[None] = self._loop.create_future()
+        self.start()
+        await self._warm
+
+    def run(self) -> None:
+        try:
+            self._engine.warm_up(self._max_length)
+        except Exception as error:
+            self._loop.call_soon_threadsafe(self._warm.set_exception, error)
+            return
+        self._loop.call_soon_threadsafe(self._warm.set_result, None)
+        self._batcher.serve()
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_texts=settings.max_batch_requests,
+        max_texts=settings.max_concurrent_requests,
+        max_queued_tokens=settings.max_queued_tokens,
+    )
+
+
+def _describe(metrics: Metrics, model: ServedModel, lifecycle: Lifecycle) -> None:
+    metrics.watch_service(ready=lambda: lifecycle.ready, inflight=lambda: lifecycle.inflight)
+    metrics.describe_model(
+        default_speedup=model.default_speedup,
+        facts={
+            "model_sha": model.sha,
+            "dtype": model.dtype,
+            "device": model.device,
+            "exit_policy": model.policy.name,
+            "num_layers": str(model.num_layers),
+        },
+    )
+
+
+def _map_errors(app: FastAPI, metrics: Metrics) -> None:
+    """The one place where errors become responses; the wording is the door's."""
+
+    async def service_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ServiceError)
+        call: Call | None = request.scope.get(CALL)
+        headers = {}
+        if call is not None:
+            metrics.request_done(call.route, error.status, call.seconds)
+            headers["x-request-id"] = call.request_id
+        metrics.request_failed(error.reason)
+        if error.retry_after_s is not None:
+            headers["retry-after"] = str(error.retry_after_s)
+        if isinstance(error, NotReady):
+            headers["connection"] = "close"  # the next try should reach another replica
+        body = (call.error_body if call is not None else error_body)(error)
+        return Response(body, error.status, headers, "application/json")
+
+    async def no_such_route(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        failure = ServiceError(error.detail)
+        failure.status = error.status_code
+        failure.kind = HTTPStatus(error.status_code).name.lower()
+        return Response(error_body(failure), error.status_code, error.headers, "application/json")
+
+    app.add_exception_handler(ServiceError, service_error)
+    app.add_exception_handler(HTTPException, no_such_route)

@@ -1,0 +1,138 @@
+"""From what a request asks for to the threshold and bounds of its texts.
+
+The order of precedence is the same on every door: a body field wins over a header, a header over
+the server's default; at one level a raw `threshold` wins over a `speedup`. All controls are
+checked here, against the checkpoint that is served. It knows nothing about doors or bodies.
+"""
+
+import math
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from offramp_model.calibration import CalibrationTable
+from offramp_model.policies import never, threshold_range
+from offramp_service.errors import InvalidInput
+from offramp_service.jobs import Controls
+from offramp_service.served_model import ServedModel
+
+SPEEDUP_HEADER = "X-Speedup"
+THRESHOLD_HEADER = "X-Exit-Threshold"
+
+_DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Controls as a body carried them; None where it was silent."""
+
+    speedup: float | None = None
+    threshold: float | None = None
+    min_layer: int | None = None
+    max_layer: int | None = None
+
+
+class ControlDesk:
+    """Resolves controls for one served model."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self._never = never(model.policy)
+        self._thresholds = threshold_range(model.policy, model.config)
+
+    def resolve(self, asked: Asked, headers: Mapping[str, str]) -> Controls:
+        """The controls of one request.
+
+        Raises:
+            InvalidInput: a value is out of range; names the field or header.
+        """
+        min_layer, max_layer = self._bounds(asked)
+        threshold, depth, speedup = self._aim(asked, headers)
+        return Controls(
+            threshold=threshold,
+            min_layer=min_layer,
+            max_layer=max_layer,
+            expected_layers=min(max(depth, min_layer), max_layer),
+            speedup=speedup,
+        )
+
+    def _aim(self, asked: Asked, headers: Mapping[str, str]) -> tuple[float, float, float | None]:
+        """Threshold, expected layers, and the speed-up if that is how it was said."""
+        if asked.threshold is not None:
+            return self._at_threshold(asked.threshold, "threshold")
+        if asked.speedup is not None:
+            return self._at_speedup(asked.speedup, "speedup")
+        if (text := headers.get(THRESHOLD_HEADER)) is not None:
+            return self._at_threshold(_number(text, THRESHOLD_HEADER), THRESHOLD_HEADER)
+        if (text := headers.get(SPEEDUP_HEADER)) is not None:
+            return self._at_speedup(_number(text, SPEEDUP_HEADER), SPEEDUP_HEADER)
+        return self._at_speedup(self._model.default_speedup, "speedup")
+
+    def _at_speedup(self, speedup: float, param: str) -> tuple[float, float, float]:
+        model = self._model
+        if not model.min_speedup <= speedup <= model.max_speedup:  # false for NaN as well
+            raise InvalidInput(
+                f"{param} is {speedup:g}, allowed is {model.min_speedup:g} to "
+                f"{_floor(model.max_speedup)} (calibrated for policy {model.policy.name})",
+                param=param,
+            )
+        if speedup == 1.0 or model.table is None:
+            return self._never, float(model.num_layers), speedup
+        point = model.table.point_for(speedup)
+        return point.threshold, point.mean_exit_layer, speedup
+
+    def _at_threshold(self, threshold: float, param: str) -> tuple[float, float, None]:
+        least, most = self._thresholds
+        if not least <= threshold <= most:
+            raise InvalidInput(
+                f"{param} is {threshold:g}, allowed is {least:g} to {most:g} "
+                f"(policy {self._model.policy.name})",
+                param=param,
+            )
+        table = self._model.table
+        depth = _depth_at(table, threshold) if table else float(self._model.num_layers)
+        return threshold, depth, None
+
+    def _bounds(self, asked: Asked) -> tuple[int, int]:
+        """Layer bounds; `max_layer` is a promise, so it falls to an exit at or before it."""
+        depth, exits = self._model.num_layers, self._model.config.exit_layers
+        for name, layer in (("min_layer", asked.min_layer), ("max_layer", asked.max_layer)):
+            if layer is not None and not 1 <= layer <= depth:
+                raise InvalidInput(f"{name} is {layer}, allowed is 1 to {depth}", param=name)
+        low = 1 if asked.min_layer is None else asked.min_layer
+        high = depth if asked.max_layer is None else asked.max_layer
+        if low > high:
+            raise InvalidInput(f"min_layer {low} is above max_layer {high}", param="min_layer")
+        exits_before = bisect_right(exits, high)
+        if not exits_before or exits[exits_before - 1] < low:
+            raise InvalidInput(
+                f"there is no exit in layers {low} to {high}; exits are after layers "
+                f"{', '.join(map(str, exits))}",
+                param="max_layer",
+            )
+        return low, exits[exits_before - 1]
+
+
+def _depth_at(table: CalibrationTable, threshold: float) -> float:
+    """Mean exit layer near a raw threshold; points run from the strictest on."""
+    points = table.points[1:]
+    if not points:
+        return table.points[0].mean_exit_layer
+    rising = points[-1].threshold >= points[0].threshold
+    sign = 1.0 if rising else -1.0
+    index = bisect_left(points, sign * threshold, key=lambda point: sign * point.threshold)
+    return points[min(index, len(points) - 1)].mean_exit_layer
+
+
+def _number(text: str, header: str) -> float:
+    """A header's decimal number; `nan`, `inf` and the like are words, not numbers."""
+    number = float(text) if _DECIMAL.fullmatch(text.strip()) else math.nan
+    if not math.isfinite(number):
+        raise InvalidInput(f"{header} is {text[:40]!r}, allowed is a number", param=header)
+    return number
+
+
+def _floor(speedup: float) -> str:
+    """Rounded down, so that the limit a message names can be asked for."""
+    return f"{math.floor(speedup * 1000) / 1000:g}"

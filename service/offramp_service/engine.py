@@ -1,0 +1,102 @@
+"""The engine: computes a batch of texts on the device and says who leaves where.
+
+It owns the device. It runs in one thread, which is not started here, and turns `layer_loop` into
+plain answers; a text that leaves early is yielded while the rest of its batch is still running.
+It knows nothing about queues, futures, clients or time.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from offramp_model.layer_loop import LayerStack, Leavers, layer_loop, start_rows
+from offramp_model.policies import ExitPolicy
+from offramp_model.rows import Encoding, RowSettings, TokenBatch
+from offramp_service.jobs import Answer, ExitReason, Job
+
+Left = list[tuple[int, Answer | Exception]]
+
+
+class Engine:
+    """One stack of layers on one device, called with a batch at a time."""
+
+    def __init__(
+        self, stack: LayerStack, policy: ExitPolicy, *, device: str = "cpu", threads: int = 1
+    ) -> None:
+        self._stack, self._policy, self._device, self._threads = stack, policy, device, threads
+
+    def warm_up(self, max_length: int) -> None:
+        """First calls are slow: make them before anybody waits. Call it in the engine's thread."""
+        torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            for length in (max_length, min(16, max_length)):
+                batch = TokenBatch.pack([Encoding([0] * length, [0] * length)], self._device)
+                depth = self._stack.num_layers
+                # A bound at the last layer and a threshold of NaN: through every layer.
+                settings = RowSettings.uniform(1, float("nan"), max_layer=depth)
+                rows = start_rows(self._stack, batch, self._policy, settings)
+                for _ in layer_loop(self._stack, rows, self._policy):
+                    pass
+
+    @torch.inference_mode()
+    def __call__(self, jobs: Sequence[Job]) -> Iterator[Left]:
+        """Answer every job that is not abandoned, exit by exit.
+
+        Raises:
+            RuntimeError: not as many answers came out as texts went in.
+        """
+        batch = TokenBatch.pack(
+            [Encoding(list(job.ids), list(job.type_ids)) for job in jobs], self._device
+        )
+        rows = start_rows(self._stack, batch, self._policy, _settings(jobs))
+
+        def abandoned(index: torch.Tensor) -> torch.Tensor:
+            given_up = [jobs[row].abandoned for row in index.tolist()]
+            return torch.tensor(given_up, dtype=torch.bool, device=index.device)
+
+        pending = set(range(len(jobs)))
+        for leavers in layer_loop(self._stack, rows, self._policy, abandoned=abandoned):
+            left = self._answers(leavers)
+            for index, _ in left:
+                pending.remove(index)  # KeyError: a row that left twice
+            yield left
+        if lost := [index for index in pending if not jobs[index].abandoned]:
+            raise RuntimeError(f"{len(jobs)} texts went in, {len(lost)} did not come out")
+
+    def _answers(self, leavers: Leavers) -> Left:
+        layer = leavers.exit_layer
+        probs = torch.softmax(leavers.logits, dim=-1)
+        sound = leavers.logits.isfinite().all(dim=-1)
+        columns = (
+            leavers.row.tolist(),
+            leavers.label.tolist(),
+            leavers.logits.tolist(),
+            probs.tolist(),
+            leavers.signal.tolist(),
+            leavers.by_policy.tolist(),
+            sound.tolist(),
+        )
+        left: Left = []
+        for row, label, logits, row_probs, signal, by_policy, is_sound in zip(
+            *columns, strict=True
+        ):
+            if not is_sound:
+                left.append((row, ArithmeticError("the model's scores are not finite numbers")))
+                continue
+            reason = self._reason(layer, by_policy=by_policy)
+            left.append((row, Answer(label, logits, row_probs, layer, signal, reason)))
+        return left
+
+    def _reason(self, layer: int, *, by_policy: bool) -> ExitReason:
+        if layer == self._stack.num_layers:
+            return "final"
+        return "criterion" if by_policy else "forced"
+
+
+def _settings(jobs: Sequence[Job]) -> RowSettings:
+    controls = [job.controls for job in jobs]
+    return RowSettings(
+        threshold=torch.tensor([one.threshold for one in controls], dtype=torch.float64),
+        min_layer=torch.tensor([one.min_layer for one in controls], dtype=torch.int64),
+        max_layer=torch.tensor([one.max_layer for one in controls], dtype=torch.int64),
+    )

@@ -1,0 +1,63 @@
+"""Where the service is in its life, and how many requests are inside. It knows nothing else.
+
+starting → ready → draining (unready, still serving) → closed (finishing what is inside)
+"""
+
+import asyncio
+import logging
+from typing import Literal
+
+from offramp_service.errors import NotReady
+
+log = logging.getLogger(__name__)
+
+Phase = Literal["starting", "ready", "draining", "closed"]
+
+
+class Lifecycle:
+    """Phase and number of requests inside; event loop only."""
+
+    def __init__(self) -> None:
+        self.phase: Phase = "starting"
+        self.inflight = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def ready(self) -> bool:
+        return self.phase == "ready"
+
+    @property
+    def started(self) -> bool:
+        return self.phase != "starting"
+
+    def enter(self) -> None:
+        """A request comes in.
+
+        Raises:
+            NotReady: none may, now.
+        """
+        if self.phase == "starting":
+            raise NotReady("the server is starting")
+        if self.phase == "closed":
+            raise NotReady("the server is shutting down")
+        self.inflight += 1
+        self._empty.clear()
+
+    def leave(self) -> None:
+        self.inflight -= 1
+        if not self.inflight:
+            self._empty.set()
+
+    async def drain(self, *, serve_on_s: float, finish_s: float) -> None:
+        """Unready first, so that balancers look elsewhere; then refuse; then finish."""
+        self.phase = "draining"
+        log.info("draining: unready, serving on for %g s", serve_on_s)
+        await asyncio.sleep(serve_on_s)
+        self.phase = "closed"
+        log.info("draining: %d requests to finish within %g s", self.inflight, finish_s)
+        try:
+            async with asyncio.timeout(finish_s):
+                await self._empty.wait()
+        except TimeoutError:
+            log.warning("draining: %d requests are not finished in time", self.inflight)

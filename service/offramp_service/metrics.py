@@ -1,0 +1,225 @@
+"""The service's Prometheus metrics: names, labels, buckets, and one method per event.
+
+Made once per app on the app's own registry, so that two apps in one process do not collide. Every
+series exists from the start and no label takes a value that a client chose, so the number of
+series is fixed. Gauges of the queue are read from the queue when somebody scrapes.
+
+It knows nothing about HTTP, threads or tensors; whoever sees an event calls the method.
+"""
+
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from offramp_service.errors import Reason
+from offramp_service.jobs import ExitReason
+
+DispatchReason = Literal["full", "tokens", "idle"]
+
+CODES = (200, 400, 404, 413, 422, 429, 499, 500, 503, 504)
+SECONDS = (
+    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05),
+    *(0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+SPEEDUPS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """What a scrape reads from the queue."""
+
+    requests: Callable[[], float]
+    tokens: Callable[[], float]
+    layer_work: Callable[[], float]
+
+
+class Metrics:
+    """All metrics of one served model."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        model_name: str,
+        model_version: str,
+        num_layers: int,
+        routes: Sequence[str],
+    ) -> None:
+        self.registry = registry
+        self._num_layers = num_layers
+        self._model = {"model_name": model_name, "model_version": model_version}
+        self._make_request_metrics(routes)
+        self._make_exit_metrics()
+        self._make_batch_metrics()
+        self._make_gauges()
+
+    # -- the series --------------------------------------------------------------------------
+
+    def _make_request_metrics(self, routes: Sequence[str]) -> None:
+        requests = self._counter("requests_total", "Requests answered", "route", "code")
+        self._requests = {
+            (route, code): self._child(requests, route=route, code=str(code))
+            for route in routes
+            for code in CODES
+        }
+        failures = self._counter("request_failures_total", "Requests that failed", "reason")
+        self._failures = {
+            reason: self._child(failures, reason=reason) for reason in get_args(Reason)
+        }
+        self._request_s = self._seconds("request_duration_seconds", "From request to answer")
+        self._tokenization_s = self._seconds("tokenization_duration_seconds", "Text to tokens")
+        self._speedup_requested = self._histogram(
+            "speedup_requested", "Speed-up that a request asked for, in layers", SPEEDUPS
+        )
+        self._speedup_achieved = self._histogram(
+            "speedup_achieved", "Speed-up that a request got, in layers", SPEEDUPS
+        )
+
+    def _make_exit_metrics(self) -> None:
+        layers = range(1, self._num_layers + 1)
+        self._samples = self._child(self._counter("samples_total", "Texts answered"))
+        exits = self._counter("exits_total", "Texts that left after a layer", "layer", "reason")
+        self._exits = {
+            (layer, reason): self._child(exits, layer=str(layer), reason=reason)
+            for layer in layers
+            for reason in get_args(ExitReason)
+        }
+        runs = self._counter("layer_executions_total", "Texts that ran a layer", "layer")
+        self._runs = [self._child(runs, layer=str(layer)) for layer in layers]
+        self._saved = self._child(
+            self._counter("layers_saved_total", "Text-layers that were not run")
+        )
+        self._exit_layer = self._histogram(
+            "exit_layer", "Layer after which a text left", tuple(layers)
+        )
+        survivors = self._histogram_family(
+            "layer_batch_size", "Texts of a batch that ran a layer", SIZES, "layer"
+        )
+        self._survivors = [self._child(survivors, layer=str(layer)) for layer in layers]
+
+    def _make_batch_metrics(self) -> None:
+        tokens = self._counter("tokens_total", "Tokens computed", "kind")
+        self._real_tokens = self._child(tokens, kind="real")
+        self._child(tokens, kind="padding")  # stays 0: batches are packed
+        self._queue_s = self._seconds("queue_duration_seconds", "From admission to batch")
+        self._inference_s = self._seconds("inference_duration_seconds", "From batch to exit")
+        self._oldest_s = self._seconds("oldest_wait_seconds", "Longest wait in a batch")
+        self._batch_size = self._histogram("batch_size", "Texts in a batch", SIZES)
+        self._batch_tokens = self._histogram("batch_tokens", "Tokens in a batch", TOKENS)
+        dispatched = self._counter(
+            "batch_dispatch_total", "Batches, by what ended their forming", "reason"
+        )
+        self._dispatched = {
+            reason: self._child(dispatched, reason=reason) for reason in get_args(DispatchReason)
+        }
+
+    def _make_gauges(self) -> None:
+        self._queue_requests = self._gauge("queue_requests", "Texts waiting for the engine")
+        self._queue_tokens = self._gauge("queue_tokens", "Tokens waiting for the engine")
+        self._queue_work = self._gauge(
+            "queue_layer_work", "Layer executions that the waiting texts are expected to need"
+        )
+        self._inflight = self._gauge("inflight_requests", "Requests being answered")
+        self._default_speedup = self._gauge("default_speedup", "For requests that name none")
+        self._ready = self._gauge("ready", "1 while /readyz says yes")
+
+    # -- events ------------------------------------------------------------------------------
+
+    def request_done(self, route: str, code: int, seconds: float) -> None:
+        self._requests[route, code].inc()
+        self._request_s.observe(seconds)
+
+    def request_failed(self, reason: Reason) -> None:
+        self._failures[reason].inc()
+
+    def tokenized(self, seconds: float) -> None:
+        self._tokenization_s.observe(seconds)
+
+    def speedup_requested(self, speedup: float) -> None:
+        self._speedup_requested.observe(speedup)
+
+    def speedup_achieved(self, speedup: float) -> None:
+        self._speedup_achieved.observe(speedup)
+
+    def batch_formed(self, reason: DispatchReason, tokens: int, waits_s: Sequence[float]) -> None:
+        self._dispatched[reason].inc()
+        self._batch_size.observe(len(waits_s))
+        self._batch_tokens.observe(tokens)
+        self._real_tokens.inc(tokens)
+        self._oldest_s.observe(max(waits_s))
+        for wait in waits_s:
+            self._queue_s.observe(wait)
+
+    def texts_left(self, layer: int, reasons: Iterable[ExitReason], inference_s: float) -> None:
+        """Texts of one batch that left together after a layer."""
+        for reason, count in Tally(reasons).items():
+            self._exits[layer, reason].inc(count)
+            self._samples.inc(count)
+            self._saved.inc(count * (self._num_layers - layer))
+            for runs in self._runs[:layer]:
+                runs.inc(count)
+            for _ in range(count):
+                self._exit_layer.observe(layer)
+                self._inference_s.observe(inference_s)
+
+    def batch_done(self, exit_layers: Sequence[int]) -> None:
+        """How many texts of a batch ran each layer, from where they left."""
+        left = Tally(exit_layers)
+        inside = len(exit_layers)
+        for layer, survivors in enumerate(self._survivors, start=1):
+            if not inside:
+                break
+            survivors.observe(inside)
+            inside -= left[layer]
+
+    # -- gauges ------------------------------------------------------------------------------
+
+    def watch_queue(self, queue: QueueView) -> None:
+        self._queue_requests.set_function(queue.requests)
+        self._queue_tokens.set_function(queue.tokens)
+        self._queue_work.set_function(queue.layer_work)
+
+    def watch_service(self, *, ready: Callable[[], float], inflight: Callable[[], float]) -> None:
+        self._ready.set_function(ready)
+        self._inflight.set_function(inflight)
+
+    def describe_model(self, *, default_speedup: float, facts: dict[str, str]) -> None:
+        self._default_speedup.set(default_speedup)
+        info = self._gauge_family("model_info", "1; what is served", *facts)
+        self._child(info, **facts).set(1)
+
+    # -- construction ------------------------------------------------------------------------
+
+    def _child(self, family: Any, **labels: str) -> Any:
+        return family.labels(**self._model, **labels)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"offramp_{name}", text, (*self._model, *labels), registry=self.registry)
+
+    def _gauge_family(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"offramp_{name}", text, (*self._model, *labels), registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Any:
+        return self._child(self._gauge_family(name, text))
+
+    def _histogram_family(
+        self, name: str, text: str, buckets: Sequence[float], *labels: str
+    ) -> Histogram:
+        return Histogram(
+            f"offramp_{name}",
+            text,
+            (*self._model, *labels),
+            buckets=tuple(buckets),
+            registry=self.registry,
+        )
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Any:
+        return self._child(self._histogram_family(name, text, buckets))
+
+    def _seconds(self, name: str, text: str) -> Any:
+        return self._histogram(name, text, SECONDS)

@@ -1,0 +1,166 @@
+"""What every door does around its own format: room, body, clock, request id, error style.
+
+It knows HTTP and the pipeline's life cycle, and nothing of any door's bodies.
+"""
+
+import logging
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from fastapi.routing import APIRoute
+from starlette.responses import Response
+from starlette.types import Receive
+
+from offramp_service.errors import ClientGone, InvalidInput, ServiceError
+from offramp_service.jobs import TimedAnswer
+from offramp_service.pipeline import Pipeline
+
+log = logging.getLogger(__name__)
+
+CALL = "offramp.call"  # key of the Call in the ASGI scope
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(slots=True)
+class Call:
+    """One request at a door, for whoever words its error."""
+
+    route: str
+    request_id: str
+    error_body: Callable[[ServiceError], bytes]
+    started: float
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+
+Handler = Callable[[Request, bytes, Call], Awaitable[Response]]
+
+
+class LeanRoute(APIRoute):
+    """A documented route whose endpoint is a plain `Request -> Response`.
+
+    FastAPI's dependency solving and response validation have nothing to do here and would halve
+    the requests per second.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return endpoint
+
+
+def door(
+    pipeline: Pipeline, route: str, handle: Handler, error_body: Callable[[ServiceError], bytes]
+) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    """The endpoint around a door's handler. Errors pass through to the app's one handler."""
+    limit = pipeline.settings.payload_limit
+
+    async def endpoint(request: Request) -> Response:
+        call = Call(route, request_id(request), error_body, time.perf_counter())
+        request.scope[CALL] = call
+        pipeline.lifecycle.enter()
+        try:
+            body = await read_body(request, limit)
+            response = await handle(request, body, call)
+        except ServiceError:
+            raise
+        except Exception as error:
+            log.exception("%s failed", route)
+            raise ServiceError("internal error") from error
+        finally:
+            pipeline.lifecycle.leave()
+        pipeline.metrics.request_done(route, 200, call.seconds)
+        return response
+
+    return endpoint
+
+
+def request_id(request: Request) -> str:
+    """The client's X-Request-Id if it is printable and short, else a new one."""
+    given = request.headers.get("x-request-id", "")
+    # Not uuid4: a system call lets go of the GIL, and getting it back from a busy engine thread
+    # costs more than the rest of the request (measured: 1.1 ms).
+    return given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(96):024x}"
+
+
+def check_request_id(given: str) -> str:
+    """A request id from a body; it goes into a header, so it must be fit for one."""
+    if not _REQUEST_ID.fullmatch(given):
+        raise InvalidInput(
+            "request_id may have 1 to 128 printable ASCII characters and no spaces",
+            param="request_id",
+        )
+    return given
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body, given up as soon as it is known to be too large."""
+    too_large = InvalidInput(f"the body is larger than {limit} bytes", status=413)
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client left while sending")
+        chunk: bytes = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            raise too_large
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def departure(receive: Receive) -> Callable[[], Coroutine[object, object, object]]:
+    """Completes when the client has closed the connection; for after the body was read."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    return gone
+
+
+def response_headers(
+    pipeline: Pipeline,
+    call: Call,
+    answers: Sequence[TimedAnswer],
+    *,
+    is_list: bool,
+    threshold: float,
+    tokens: int,
+    tokenization_s: float,
+) -> dict[str, str]:
+    """TEI's timing headers and ours, on every door; a batch gives means."""
+    count = len(answers)
+    layers_run = sum(one.answer.exit_layer for one in answers)
+    exit_layer = (
+        {"x-exit-layer-mean": f"{layers_run / count:.2f}"}
+        if is_list
+        else {"x-exit-layer": str(layers_run)}
+    )
+    return {
+        "x-request-id": call.request_id,
+        "x-compute-tokens": str(tokens),
+        "x-total-time": _milliseconds(call.seconds),
+        "x-tokenization-time": _milliseconds(tokenization_s),
+        "x-queue-time": _milliseconds(sum(one.queue_s for one in answers) / count),
+        "x-inference-time": _milliseconds(sum(one.inference_s for one in answers) / count),
+        **exit_layer,
+        "x-speedup-achieved": f"{pipeline.speedup_of(answers):.2f}",
+        "x-exit-threshold": f"{threshold:.6g}",
+    }
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(round(seconds * 1000))

@@ -1,0 +1,121 @@
+"""`/info`, `/v1/models` and `/metrics`: what is served, with which limits, and how it goes.
+
+`/info` has TEI's fields under TEI's names, then ours: exits, calibration, limits in effect.
+"""
+
+import asyncio
+import time
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import Response
+
+from offramp_model.calibration import CalibrationTable, reachable_speedups
+from offramp_service.pipeline import Pipeline
+from offramp_service.schemas import encode_json
+
+
+def router(pipeline: Pipeline) -> APIRouter:
+    """The routes that only tell."""
+    routes = APIRouter(tags=["info"])
+    # Neither changes while the process lives.
+    info = encode_json(describe(pipeline))
+    models = encode_json(_models(pipeline))
+
+    async def get_info() -> Response:
+        return Response(info, media_type="application/json")
+
+    async def get_models() -> Response:
+        return Response(models, media_type="application/json")
+
+    async def get_metrics() -> Response:
+        # Milliseconds of text formatting: not on the event loop.
+        text = await asyncio.to_thread(generate_latest, pipeline.metrics.registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    routes.add_api_route("/info", get_info, methods=["GET"], response_model=None)
+    routes.add_api_route("/v1/models", get_models, methods=["GET"], response_model=None)
+    routes.add_api_route("/metrics", get_metrics, methods=["GET"], response_model=None)
+    return routes
+
+
+def describe(pipeline: Pipeline) -> dict[str, Any]:
+    """The content of `/info`."""
+    settings, model = pipeline.settings, pipeline.model
+    ids = dict(enumerate(model.config.labels))
+    return {
+        "model_id": str(settings.model_id),
+        "model_sha": model.sha,
+        "model_dtype": model.dtype,
+        "served_model_name": model.name,
+        "model_type": {
+            "classifier": {
+                "id2label": {str(index): label for index, label in ids.items()},
+                "label2id": {label: index for index, label in ids.items()},
+            }
+        },
+        "max_concurrent_requests": settings.max_concurrent_requests,
+        "max_input_length": model.max_input_length,
+        "max_batch_tokens": settings.max_batch_tokens,
+        "tokenization_workers": settings.tokenization_workers,
+        "max_batch_requests": settings.max_batch_requests,
+        "max_client_batch_size": settings.max_client_batch_size,
+        "auto_truncate": settings.auto_truncate,
+        "version": version("offramp"),
+        "sha": None,
+        "docker_label": None,
+        # ours
+        "model_version": model.version,
+        "device": model.device,
+        "backend": "torch",
+        "threads": settings.engine_threads,
+        "max_queued_tokens": settings.max_queued_tokens,
+        "payload_limit": settings.payload_limit,
+        "request_timeout_ms": settings.request_timeout_ms,
+        "num_layers": model.num_layers,
+        "exit_layers": model.config.exit_layers,
+        "exit_policy": model.policy.name,
+        "speedup": {
+            "default": model.default_speedup,
+            "min": model.min_speedup,
+            "max": model.max_speedup,
+        },
+        "calibration": _calibration(model.table) if model.table else None,
+    }
+
+
+def _calibration(table: CalibrationTable) -> dict[str, Any]:
+    """The table at the speed-ups that people name, and at its end."""
+    named = [table.point_for(speedup) for speedup in reachable_speedups(table.points)]
+    points = {point.speedup: point for point in (*named, table.points[-1])}
+    return {
+        "policy": table.policy,
+        "backend": table.backend,
+        "dtype": table.dtype,
+        "split": table.split,
+        "rows": table.rows,
+        "max_speedup": table.max_speedup,
+        "points": [
+            {
+                "speedup": point.speedup,
+                "accuracy": point.accuracy,
+                # JSON has no infinity; null is "never early".
+                "threshold": point.threshold if abs(point.threshold) != float("inf") else None,
+                "mean_exit_layer": point.mean_exit_layer,
+            }
+            for point in points.values()
+        ],
+    }
+
+
+def _models(pipeline: Pipeline) -> dict[str, Any]:
+    card = {
+        "id": pipeline.model.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "offramp",
+        "max_model_len": pipeline.model.max_input_length,
+    }
+    return {"object": "list", "data": [card]}

@@ -1,0 +1,41 @@
+"""Probes: is the process alive, has it started, should it get traffic? They never touch a model.
+
+`/livez` fails only when a restart would help: the engine thread is gone or stuck. `/readyz` (and
+TEI's `/health` and `/ping`) is loaded, warm and not draining; `/startupz` is loaded and warm.
+"""
+
+from collections.abc import Callable
+
+from fastapi import APIRouter
+from starlette.responses import JSONResponse, Response
+
+from offramp_service.lifecycle import Lifecycle
+
+READY_PATHS = ("/readyz", "/health", "/ping")
+
+
+def router(lifecycle: Lifecycle, engine_alive: Callable[[], bool]) -> APIRouter:
+    """The probes' routes."""
+    routes = APIRouter(tags=["probes"])
+
+    async def livez() -> Response:
+        return _probe(engine_alive() or not lifecycle.started, lifecycle)
+
+    async def readyz() -> Response:
+        return _probe(lifecycle.ready and engine_alive(), lifecycle)
+
+    async def startupz() -> Response:
+        return _probe(lifecycle.started, lifecycle)
+
+    routes.add_api_route("/livez", livez, methods=["GET", "HEAD"], response_model=None)
+    routes.add_api_route("/startupz", startupz, methods=["GET", "HEAD"], response_model=None)
+    for path in READY_PATHS:
+        routes.add_api_route(
+            path, readyz, methods=["GET", "HEAD"], name=path.strip("/"), response_model=None
+        )
+    return routes
+
+
+def _probe(good: bool, lifecycle: Lifecycle) -> Response:
+    content = {"status": "ok" if good else "unavailable", "phase": lifecycle.phase}
+    return JSONResponse(content, status_code=200 if good else 503)

@@ -1,0 +1,132 @@
+"""A checkpoint opened for serving, and what the settings mean for it.
+
+Everything that depends on both the settings and the checkpoint is decided here, once, before the
+first request: the policy, its calibration table, the longest text, the range of speed-ups. What
+cannot work is refused here, by name. It knows nothing about requests.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from offramp_model.calibration import CalibrationTable
+from offramp_model.checkpoint import DTYPES, TOKENIZER, CheckpointError, load_checkpoint
+from offramp_model.config import MultiExitConfig
+from offramp_model.layer_loop import LayerStack
+from offramp_model.policies import ExitPolicy, make_policy
+from offramp_model.tokenizer import TextTokenizer
+from offramp_service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class SettingsError(ValueError):
+    """A setting that this checkpoint cannot honour."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What is served: the opened checkpoint and the limits in effect.
+
+    `table` is None if the policy was not calibrated on this backend and dtype; then only a
+    speed-up of 1 and raw thresholds can be asked for.
+    """
+
+    name: str
+    version: str
+    sha: str
+    config: MultiExitConfig
+    policy: ExitPolicy
+    table: CalibrationTable | None
+    stack: LayerStack
+    tokenizer: TextTokenizer
+    device: str
+    dtype: str
+    max_input_length: int
+    min_speedup: float
+    max_speedup: float
+    default_speedup: float
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_layers
+
+
+def load_model(settings: Settings) -> ServedModel:
+    """Open the checkpoint.
+
+    Raises:
+        CheckpointError: the directory is not a sound checkpoint.
+        SettingsError: it is, but a setting does not fit it.
+    """
+    checkpoint = load_checkpoint(settings.model_id)
+    policy = _policy(settings.exit_policy or checkpoint.manifest.exit_policy)
+    try:
+        table = checkpoint.table(policy.name, dtype=settings.dtype)
+    except CheckpointError as error:
+        log.warning("only speed-up 1 and raw thresholds can be served: %s", error)
+        table = None
+    max_input_length = _max_input_length(settings, checkpoint.model.max_length)
+    least, most = _speedup_range(settings, table)
+    return ServedModel(
+        name=settings.model_name,
+        version=settings.model_version,
+        sha=checkpoint.version,
+        config=checkpoint.model,
+        policy=policy,
+        table=table,
+        stack=checkpoint.stack(dtype=DTYPES[settings.dtype]),
+        tokenizer=TextTokenizer(settings.model_id / TOKENIZER, max_input_length),
+        device="cpu",  # what "auto" means until there is another device
+        dtype=settings.dtype,
+        max_input_length=max_input_length,
+        min_speedup=least,
+        max_speedup=most,
+        default_speedup=_default_speedup(settings, least, most),
+    )
+
+
+def _policy(name: str) -> ExitPolicy:
+    try:
+        return make_policy(name)
+    except ValueError as error:
+        raise SettingsError(f"--exit-policy: {error}") from None
+
+
+def _max_input_length(settings: Settings, longest: int) -> int:
+    """The checkpoint's limit, or the operator's smaller one; must fit a batch of its own."""
+    wanted = settings.max_input_length
+    if wanted is not None and wanted > longest:
+        raise SettingsError(f"--max-input-length {wanted}: this checkpoint takes {longest} tokens")
+    effective = wanted or longest
+    for flag, budget in (
+        ("--max-batch-tokens", settings.max_batch_tokens),
+        ("--max-queued-tokens", settings.max_queued_tokens),
+    ):
+        if effective > budget:
+            raise SettingsError(f"{flag} {budget} does not hold one text of {effective} tokens")
+    return effective
+
+
+def _speedup_range(settings: Settings, table: CalibrationTable | None) -> tuple[float, float]:
+    """What may be asked for: the calibrated range within the operator's bounds."""
+    reachable = table.max_speedup if table is not None else 1.0
+    if settings.min_speedup > reachable:
+        raise SettingsError(
+            f"--min-speedup {settings.min_speedup}: this checkpoint is calibrated up to "
+            f"{reachable:.4g}"
+        )
+    if settings.max_speedup is None:
+        return settings.min_speedup, reachable
+    if settings.max_speedup > reachable:
+        log.warning("--max-speedup %s: calibrated up to %.4g", settings.max_speedup, reachable)
+    return settings.min_speedup, min(settings.max_speedup, reachable)
+
+
+def _default_speedup(settings: Settings, least: float, most: float) -> float:
+    """The configured default; an unset one moves up to the operator's lower bound."""
+    default = settings.default_speedup
+    if "default_speedup" not in settings.model_fields_set:
+        return max(default, least)
+    if not least <= default <= most:
+        raise SettingsError(f"--default-speedup {default} is outside {least:.4g} to {most:.4g}")
+    return default

@@ -1,0 +1,196 @@
+"""Settings of `offramp-serve`: one field per flag, and the same name in UPPER_SNAKE in the
+environment (flag > environment > default).
+
+Built by whoever calls `create_app` and passed in; importing this module reads nothing. What a
+value means for a given checkpoint (its longest text, its reachable speed-ups) is checked in
+`served_model.py`, where the checkpoint is known.
+"""
+
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class Settings(BaseSettings):
+    """Serve a multi-exit checkpoint over HTTP."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="ignore",
+        env_ignore_empty=True,
+        cli_prog_name="offramp-serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    # model
+    model_id: Annotated[Path, Field(description="checkpoint directory")]
+    served_model_name: Annotated[
+        str | None, Field(description="name clients use; default: the directory's name")
+    ] = None
+    model_version: Annotated[str, Field(description="label in metrics and /info")] = "1"
+    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="weights and compute")] = (
+        "float32"
+    )
+    device: Annotated[
+        Literal["auto", "cpu"], Field(description="where the model runs; auto picks the best")
+    ] = "auto"
+    threads: Annotated[
+        PositiveInt | None, Field(description="threads of the engine; default: usable cores")
+    ] = None
+
+    # network
+    hostname: Annotated[str, Field(description="address to listen on; 0.0.0.0 in containers")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Field(ge=0, le=65535, description="0 picks a free one")] = 3000
+    payload_limit: Annotated[PositiveInt, Field(description="bytes of a request body")] = 2_000_000
+
+    # limits
+    max_batch_tokens: Annotated[
+        PositiveInt, Field(description="tokens the engine takes at once")
+    ] = 2048
+    max_batch_requests: Annotated[
+        PositiveInt | None, Field(description="texts the engine takes at once; default: no limit")
+    ] = None
+    max_concurrent_requests: Annotated[
+        PositiveInt, Field(description="texts admitted and not yet answered")
+    ] = 512
+    max_queued_tokens: Annotated[
+        PositiveInt, Field(description="tokens waiting for the engine")
+    ] = 65_536
+    max_client_batch_size: Annotated[PositiveInt, Field(description="texts in one request")] = 32
+    max_input_length: Annotated[
+        PositiveInt | None,
+        Field(description="tokens of one text, specials included; default: the checkpoint's"),
+    ] = None
+    auto_truncate: Annotated[
+        bool, Field(description="shorten long texts unless the request says otherwise")
+    ] = False
+    tokenization_workers: Annotated[
+        PositiveInt, Field(description="threads that tokenise large requests")
+    ] = 1
+
+    # exits
+    default_speedup: Annotated[
+        float, Field(ge=1.0, allow_inf_nan=False, description="for requests that name none")
+    ] = 1.0
+    min_speedup: Annotated[
+        float, Field(ge=1.0, allow_inf_nan=False, description="smallest a request may ask for")
+    ] = 1.0
+    max_speedup: Annotated[
+        float | None,
+        Field(
+            ge=1.0,
+            allow_inf_nan=False,
+            description="largest a request may ask for; default: the largest calibrated",
+        ),
+    ] = None
+    exit_policy: Annotated[
+        str | None, Field(description="when a text may leave; default: the checkpoint's own")
+    ] = None
+
+    # life cycle
+    drain_seconds: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="serve on, unready, after SIGTERM")
+    ] = 5.0
+    shutdown_timeout: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="then finish what is in flight")
+    ] = 30.0
+    request_timeout_ms: Annotated[
+        PositiveInt, Field(description="504 for answers that take longer")
+    ] = 30_000
+
+    # observability
+    json_output: Annotated[bool, Field(description="log JSON lines")] = False
+    log_level: LogLevel = "info"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Limits that could never be met together would refuse every request at run time."""
+        if self.max_client_batch_size > self.max_concurrent_requests:
+            raise ValueError(
+                f"max_client_batch_size {self.max_client_batch_size} is above "
+                f"max_concurrent_requests {self.max_concurrent_requests}"
+            )
+        if self.max_input_length is not None and self.max_input_length > self.max_batch_tokens:
+            raise ValueError(
+                f"max_input_length {self.max_input_length} is above "
+                f"max_batch_tokens {self.max_batch_tokens}"
+            )
+        if self.max_speedup is not None and self.max_speedup < self.min_speedup:
+            raise ValueError(
+                f"max_speedup {self.max_speedup} is below min_speedup {self.min_speedup}"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, _Environment(settings_cls)
+
+    @property
+    def engine_threads(self) -> int:
+        return self.threads if self.threads is not None else usable_cores()
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model_id.resolve().name
+
+
+class _Environment(EnvSettingsSource):
+    """The environment, without the HOSTNAME that shells and container runtimes set.
+
+    That one holds the machine's name, not an address to listen on; any other value is a setting.
+    """
+
+    def __call__(self) -> dict[str, Any]:
+        values = super().__call__()
+        if values.get("hostname") == socket.gethostname():
+            del values["hostname"]
+        return values
+
+
+def parse_command_line(arguments: Sequence[str]) -> Settings:
+    """Settings from flags, environment and defaults.
+
+    Raises:
+        pydantic.ValidationError: a value is wrong or `--model-id` is missing.
+        SystemExit: `--help`, or a flag that does not exist.
+    """
+    return Settings(_cli_settings_source=_flags(arguments))  # type: ignore[call-arg]
+
+
+def _flags(arguments: Sequence[str]) -> CliSettingsSource[Any]:
+    return CliSettingsSource(Settings, cli_parse_args=list(arguments))
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, cut to the container's CPU quota."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
+        return cores

@@ -1,0 +1,349 @@
+"""The queue's promises: bounds, order, isolation, and exactly one answer for everybody."""
+
+import asyncio
+import importlib.util
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offramp_service.batcher import Batcher, Limits
+from offramp_service.errors import (
+    ClientGone,
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidInput,
+    NotReady,
+    Overloaded,
+    ServiceError,
+)
+from offramp_service.jobs import Answer, Engine, Job
+
+# Test folders are not packages; the fakes are loaded by path.
+_spec = importlib.util.spec_from_file_location(
+    "service_fakes", Path(__file__).with_name("conftest.py")
+)
+assert _spec is not None
+assert _spec.loader is not None
+fakes = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(fakes)
+
+MakeBatcher = Callable[..., Batcher]
+Serve = Callable[[Batcher], Batcher]
+Read = Callable[..., float]
+
+
+def labels(answers: list) -> list[int]:
+    return [one.answer.label for one in answers]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is awaited lies in a thread
+            await asyncio.sleep(0.001)
+
+
+async def test_a_client_batch_is_answered_in_its_own_order(
+    make_batcher: MakeBatcher, served: Serve
+) -> None:
+    batcher = served(make_batcher(fakes.FakeEngine()))
+    answers = await batcher.submit([fakes.job(number) for number in (5, 2, 9, 4)])
+    assert labels(answers) == [5, 2, 9, 4]
+    assert [one.answer.exit_layer for one in answers] == [2, 4, 2, 4]
+
+
+async def test_many_clients_get_their_own_answers(make_batcher: MakeBatcher, served: Serve) -> None:
+    engine = fakes.FakeEngine()
+    batcher = served(make_batcher(engine, max_batch_tokens=20))
+    requests = [[client * 10 + place for place in range(client % 4 + 1)] for client in range(24)]
+    answers = await asyncio.gather(
+        *(batcher.submit([fakes.job(number) for number in request]) for request in requests)
+    )
+    assert [labels(one) for one in answers] == requests
+    assert all(3 * len(batch) <= 20 for batch in engine.batches)
+
+
+async def test_an_idle_engine_starts_at_once_and_a_busy_one_gathers(
+    make_batcher: MakeBatcher, served: Serve, read: Read
+) -> None:
+    engine = fakes.GatedEngine()
+    batcher = served(make_batcher(engine))
+    first = asyncio.create_task(batcher.submit([fakes.job(1)]))
+    await until(engine.entered.is_set)
+    others = [asyncio.create_task(batcher.submit([fakes.job(number)])) for number in (2, 3, 4)]
+    await until(lambda: read("queue_requests") == 3)
+    for _ in range(4):
+        engine.gate.release()
+    await asyncio.gather(first, *others)
+    assert engine.batches == [[1], [2, 3, 4]]
+    assert read("batch_dispatch_total", reason="idle") == 2
+
+
+async def test_who_leaves_early_is_answered_before_the_batch_ends(
+    make_batcher: MakeBatcher, served: Serve
+) -> None:
+    engine = fakes.GatedEngine()
+    batcher = make_batcher(engine)
+    early = asyncio.create_task(batcher.submit([fakes.job(1)]))
+    late = asyncio.create_task(batcher.submit([fakes.job(2)]))
+    await asyncio.sleep(0)
+    served(batcher)
+    engine.gate.release()
+    assert labels(await early) == [1]
+    assert not late.done()
+    engine.gate.release()
+    assert labels(await late) == [2]
+    assert engine.batches == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("limits", "batches", "reason"),
+    [
+        ({"max_batch_tokens": 7}, [[0, 1], [2, 3], [4]], "tokens"),
+        ({"max_batch_texts": 3}, [[0, 1, 2], [3, 4]], "full"),
+    ],
+)
+async def test_size_is_counted_in_texts_and_tokens(
+    make_batcher: MakeBatcher, served: Serve, read: Read, limits, batches, reason
+) -> None:
+    engine = fakes.FakeEngine()
+    batcher = make_batcher(engine, **limits)
+    task = asyncio.create_task(batcher.submit([fakes.job(number) for number in range(5)]))
+    await asyncio.sleep(0)
+    served(batcher)
+    assert labels(await task) == [0, 1, 2, 3, 4]
+    assert engine.batches == batches
+    assert read("batch_dispatch_total", reason=reason) == len(batches) - 1
+
+
+async def test_a_full_queue_refuses_whole_client_batches(
+    make_batcher: MakeBatcher, served: Serve, read: Read
+) -> None:
+    batcher = make_batcher(fakes.FakeEngine(), max_texts=4, max_queued_tokens=20)
+    waiting = asyncio.create_task(batcher.submit([fakes.job(number) for number in range(3)]))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded, match=r"queue is full \(4 requests\)"):
+        await batcher.submit([fakes.job(8), fakes.job(9)])
+    with pytest.raises(Overloaded, match=r"queue is full \(20 tokens\)"):
+        await batcher.submit([fakes.job(8, tokens=12)])
+    with pytest.raises(InvalidInput, match="never be queued") as error:
+        await batcher.submit([fakes.job(8, tokens=21)])
+    assert error.value.status == 413
+    assert (read("queue_requests"), read("queue_tokens"), read("queue_layer_work")) == (3, 9, 12)
+    fits = asyncio.create_task(batcher.submit([fakes.job(3)]))
+    await asyncio.sleep(0)
+    served(batcher)
+    await asyncio.gather(waiting, fits)
+    assert (read("queue_requests"), read("queue_tokens"), read("queue_layer_work")) == (0, 0, 0)
+    assert batcher.unanswered == 0
+
+
+async def test_a_failing_batch_fails_its_own_requests_only(
+    make_batcher: MakeBatcher, served: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    batcher = make_batcher(fakes.FakeEngine(poison={2}), max_batch_texts=2)
+    tasks = [asyncio.create_task(batcher.submit([fakes.job(number)])) for number in range(6)]
+    await asyncio.sleep(0)
+    served(batcher)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [isinstance(one, EngineFailed) for one in results] == [False, False, True, True] + [
+        False
+    ] * 2
+    assert batcher.unanswered == 0
+    assert "poisoned" in caplog.text
+
+
+async def test_a_broken_text_fails_alone(make_batcher: MakeBatcher, served: Serve) -> None:
+    def engine(jobs: list[Job]):
+        yield [
+            (index, ValueError("broken") if job.ids[0] == 1 else fakes.answer_to(job))
+            for index, job in enumerate(jobs)
+        ]
+
+    batcher = make_batcher(engine)
+    tasks = [asyncio.create_task(batcher.submit([fakes.job(number)])) for number in range(3)]
+    await asyncio.sleep(0)
+    served(batcher)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(one) for one in results] == [list, EngineFailed, list]
+
+
+async def test_an_engine_that_forgets_a_text_leaves_nobody_waiting(
+    make_batcher: MakeBatcher, served: Serve
+) -> None:
+    def engine(jobs: list[Job]):
+        yield [(0, fakes.answer_to(jobs[0]))]
+
+    batcher = make_batcher(engine)
+    tasks = [asyncio.create_task(batcher.submit([fakes.job(number)])) for number in range(2)]
+    await asyncio.sleep(0)
+    served(batcher)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(one) for one in results] == [list, EngineFailed]
+
+
+async def test_who_leaves_the_queue_frees_it_and_is_never_computed(
+    make_batcher: MakeBatcher, served: Serve, read: Read
+) -> None:
+    engine = fakes.FakeEngine()
+    batcher = make_batcher(engine, max_texts=2)
+    gone = asyncio.create_task(batcher.submit([fakes.job(1), fakes.job(2)]))
+    await asyncio.sleep(0)
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    assert (read("queue_requests"), read("queue_tokens"), batcher.unanswered) == (0, 0, 0)
+    served(batcher)
+    assert labels(await batcher.submit([fakes.job(3), fakes.job(4)])) == [3, 4]
+    assert engine.batches == [[3, 4]]
+
+
+async def test_who_leaves_a_running_batch_is_seen_as_abandoned(
+    make_batcher: MakeBatcher, served: Serve
+) -> None:
+    jobs = [fakes.job(1), fakes.job(2)]
+    engine = fakes.GatedEngine()
+    batcher = served(make_batcher(engine))
+    left = asyncio.Event()
+    task = asyncio.create_task(batcher.submit(jobs, gone=left.wait))
+    await until(engine.entered.is_set)
+    assert not jobs[0].abandoned
+    left.set()
+    with pytest.raises(ClientGone):
+        await task
+    assert jobs[0].abandoned
+    assert jobs[1].abandoned
+    assert batcher.unanswered == 0
+    engine.gate.release(2)
+
+
+@pytest.mark.looptime
+async def test_a_deadline_of_half_a_minute(
+    make_batcher: MakeBatcher, read: Read, looptime: float
+) -> None:
+    batcher = make_batcher(fakes.FakeEngine())  # nobody serves it
+    with pytest.raises(DeadlineExceeded, match="within 30000 ms"):
+        await batcher.submit([fakes.job(1)], timeout_s=30.0)
+    assert looptime == 30.0
+    assert (read("queue_requests"), batcher.unanswered) == (0, 0)
+
+
+async def test_closing_answers_everybody_and_ends_the_thread(make_batcher: MakeBatcher) -> None:
+    engine = fakes.GatedEngine()
+    batcher = make_batcher(engine, max_batch_texts=1)
+    thread = threading.Thread(target=batcher.serve, daemon=True)
+    thread.start()
+    tasks = [asyncio.create_task(batcher.submit([fakes.job(number)])) for number in range(3)]
+    await until(engine.entered.is_set)
+    batcher.close()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(one) for one in results] == [NotReady] * 3
+    with pytest.raises(NotReady):
+        await batcher.submit([fakes.job(4)])
+    engine.gate.release(2)
+    await asyncio.to_thread(thread.join, 10)
+    assert not thread.is_alive()
+    assert batcher.unanswered == 0
+
+
+async def test_stuck_is_a_batch_that_never_ends(metrics) -> None:
+    now = 0.0
+    seen: list[bool] = []
+
+    def engine(jobs: list[Job]):
+        nonlocal now
+        seen.append(batcher.stuck)
+        now += 61
+        seen.append(batcher.stuck)
+        yield [(index, fakes.answer_to(job)) for index, job in enumerate(jobs)]
+
+    batcher = Batcher(engine, Limits(100, None, 10, 100), metrics, clock=lambda: now)
+    task = asyncio.create_task(batcher.submit([fakes.job(1)]))
+    await asyncio.sleep(0)
+    thread = threading.Thread(target=batcher.serve, daemon=True)
+    thread.start()
+    await task
+    batcher.close()
+    await asyncio.to_thread(thread.join, 10)
+    assert seen == [False, True]
+    assert not batcher.stuck
+
+
+class _Moody:
+    """Fails some batches, breaks some texts, forgets some, and lets clients go meanwhile."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self.computed: list[int] = []
+
+    def __call__(self, jobs: list[Job]):
+        self.computed += [job.ids[0] for job in jobs]
+        mood = self._rng.random()
+        for layer in (2, 4):
+            part: list[tuple[int, Answer | Exception]] = []
+            for index, job in enumerate(jobs):
+                if (job.ids[0] % 2 == 1) is (layer == 2):
+                    broken = self._rng.random() < 0.1
+                    part.append((index, ValueError("x") if broken else fakes.answer_to(job, layer)))
+            if mood < 0.2 and layer == 4:
+                raise RuntimeError("moody")
+            if mood > 0.9:
+                part = part[1:]  # forget one
+            if part:
+                yield part
+
+
+@given(seed=st.integers(0, 2**32))
+async def test_every_admitted_request_ends_exactly_once_and_the_books_balance(seed: int) -> None:
+    """Random clients against a moody engine: success, failure, timeout, departure, drain."""
+    await asyncio.wait_for(_storm(random.Random(seed)), 20)
+
+
+async def _storm(rng: random.Random) -> None:
+    metrics = fakes.make_metrics()
+    engine: Engine = _Moody(rng)
+    batcher = Batcher(engine, Limits(12, 4, 12, 30), metrics)
+    thread = threading.Thread(target=batcher.serve, daemon=True)
+    thread.start()
+    admitted_and_answered = 0
+
+    async def client(number: int) -> None:
+        nonlocal admitted_and_answered
+        numbers = [number * 10 + place for place in range(rng.randint(1, 4))]
+        jobs = [fakes.job(one, tokens=rng.randint(1, 4)) for one in numbers]
+        patience = rng.choice([0.0, 0.001, 5.0])
+        leaves = rng.random() < 0.3
+
+        async def gone() -> None:
+            await asyncio.sleep(0.0005 if leaves else 30)
+
+        await asyncio.sleep(rng.random() * 0.005)
+        try:
+            answers = await batcher.submit(jobs, timeout_s=patience, gone=gone)
+        except ServiceError:
+            return
+        assert labels(answers) == numbers
+        admitted_and_answered += len(answers)
+
+    tasks = [asyncio.create_task(client(number)) for number in range(20)]
+    for task in rng.sample(tasks, 3):
+        asyncio.get_running_loop().call_later(rng.random() * 0.005, task.cancel)
+    if rng.random() < 0.3:
+        asyncio.get_running_loop().call_later(0.003, batcher.close)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(one is None or isinstance(one, asyncio.CancelledError) for one in results), results
+    batcher.close()
+    await asyncio.to_thread(thread.join, 10)
+    assert not thread.is_alive()
+    assert batcher.unanswered == 0
+    model = {"model_name": "tiny", "model_version": "1"}
+    for gauge in ("queue_requests", "queue_tokens", "queue_layer_work"):
+        assert metrics.registry.get_sample_value(f"offramp_{gauge}", model) == 0
+    assert (
+        metrics.registry.get_sample_value("offramp_samples_total", model) >= admitted_and_answered
+    )
+    assert len(engine.computed) == len(set(engine.computed)), "a text was computed twice"

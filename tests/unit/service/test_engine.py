@@ -1,0 +1,116 @@
+"""The engine against a stack whose every exit's logits are written down by the test."""
+
+import pytest
+import torch
+
+from offramp_model.policies import HeadOutput, make_policy
+from offramp_model.rows import PackedTokens, TokenBatch
+from offramp_service.engine import Engine
+from offramp_service.jobs import Controls, Job
+
+
+class ScriptedStack:
+    """Two classes, four layers. A text of token `n` is sure from layer n on; 9 is broken."""
+
+    num_layers, num_labels, exit_layers = 4, 2, (1, 2, 3, 4)
+
+    def embed(self, batch: TokenBatch) -> PackedTokens:
+        return PackedTokens(batch.input_ids[:, None].float(), batch.cu_seqlens)
+
+    def segment(self, exit_layer: int, hidden: PackedTokens) -> PackedTokens:
+        return hidden
+
+    def exit_head(self, exit_layer: int, hidden: PackedTokens) -> HeadOutput:
+        token = hidden.values[hidden.cu_seqlens[:-1].long(), 0]
+        sure = torch.where(token <= exit_layer, 4.0, 0.1)
+        sure = torch.where(token == 9, torch.nan, sure)
+        return HeadOutput(torch.stack([-sure, sure], dim=-1))
+
+
+class Client:
+    def __init__(self, abandoned: bool = False) -> None:
+        self.abandoned = abandoned
+
+
+def text(
+    token: int,
+    length: int = 2,
+    *,
+    threshold: float = 0.9,
+    min_layer: int = 1,
+    max_layer: int = 4,
+    abandoned: bool = False,
+) -> Job:
+    job = Job([token] * length, [0] * length, Controls(threshold, min_layer, max_layer, 4.0))
+    job.waiter = Client(abandoned)
+    return job
+
+
+@pytest.fixture
+def engine() -> Engine:
+    engine = Engine(ScriptedStack(), make_policy("confidence"))
+    engine.warm_up(8)
+    return engine
+
+
+def run(engine: Engine, jobs: list[Job]) -> dict:
+    return {index: answer for left in engine(jobs) for index, answer in left}
+
+
+def test_each_text_leaves_where_it_is_sure(engine: Engine) -> None:
+    answers = run(engine, [text(3, 5), text(1, 2), text(4, 7), text(2, 1)])
+    assert [answers[index].exit_layer for index in range(4)] == [3, 1, 4, 2]
+    assert [answers[index].reason for index in range(4)] == [
+        *("criterion", "criterion", "final", "criterion")
+    ]
+    assert answers[1].label == 1
+    assert sum(answers[1].probs) == pytest.approx(1.0)
+    assert answers[1].signal == pytest.approx(answers[1].probs[1])
+    assert answers[1].logits == [-4.0, 4.0]
+
+
+def test_settings_are_mixed_freely_in_one_batch(engine: Engine) -> None:
+    jobs = [
+        text(1, threshold=float("inf")),
+        text(1, min_layer=3),
+        text(4, max_layer=2),
+        text(4, threshold=0.5),
+        text(1),
+    ]
+    answers = run(engine, jobs)
+    assert [answers[index].exit_layer for index in range(5)] == [4, 3, 2, 1, 1]
+    assert [answers[index].reason for index in range(5)] == [
+        *("final", "criterion", "forced", "criterion", "criterion")
+    ]
+
+
+def test_answers_come_exit_by_exit(engine: Engine) -> None:
+    parts = [[index for index, _ in left] for left in engine([text(4), text(1), text(1)])]
+    assert parts == [[1, 2], [0]]
+
+
+def test_scores_that_are_not_numbers_fail_their_text_only(engine: Engine) -> None:
+    answers = run(engine, [text(9), text(1)])
+    assert isinstance(answers[0], ArithmeticError)
+    assert answers[1].exit_layer == 1
+
+
+def test_abandoned_texts_are_dropped(engine: Engine) -> None:
+    assert run(engine, [text(2, abandoned=True), text(3)]).keys() == {1}
+    assert run(engine, [text(2, abandoned=True)]) == {}
+
+
+def test_a_text_abandoned_on_the_way_is_dropped_at_the_next_exit(engine: Engine) -> None:
+    jobs = [text(1), text(4)]
+    parts = iter(engine(jobs))
+    assert [index for index, _ in next(parts)] == [0]
+    jobs[1].waiter = Client(abandoned=True)
+    assert list(parts) == []
+
+
+def test_a_text_that_does_not_come_out_is_noticed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offramp_service.engine.layer_loop", lambda *_, **__: iter(()))
+    with pytest.raises(RuntimeError, match="2 texts went in, 2 did not come out"):
+        list(engine([text(1), text(2)]))

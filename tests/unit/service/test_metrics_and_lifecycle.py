@@ -1,0 +1,80 @@
+"""Metrics that exist from the start and stay few; the phases of the service."""
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+from prometheus_client import generate_latest
+
+from offramp_service.errors import NotReady
+from offramp_service.lifecycle import Lifecycle
+from offramp_service.metrics import Metrics
+
+
+def test_every_series_exists_before_the_first_request(metrics: Metrics, read) -> None:
+    before = generate_latest(metrics.registry).count(b"\n")
+    assert read("exits_total", layer="4", reason="forced") == 0
+    assert read("requests_total", route="/classify", code="504") == 0
+    assert read("request_failures_total", reason="draining") == 0
+    assert read("tokens_total", kind="padding") == 0
+    metrics.batch_formed("tokens", 12, [0.1, 0.2])
+    metrics.texts_left(2, ["criterion", "forced", "criterion"], 0.01)
+    metrics.batch_done([2, 2, 2])
+    metrics.request_done("/classify", 200, 0.1)
+    metrics.request_failed("backend")
+    assert generate_latest(metrics.registry).count(b"\n") == before
+
+
+def test_the_arithmetic_of_layers(metrics: Metrics, read) -> None:
+    metrics.texts_left(1, ["criterion"], 0.01)
+    metrics.texts_left(3, ["criterion", "forced"], 0.01)
+    metrics.texts_left(4, ["final"], 0.01)
+    metrics.batch_done([1, 3, 3, 4])
+    assert [read("layer_executions_total", layer=str(layer)) for layer in (1, 2, 3, 4)] == [
+        *(4, 3, 3, 1)
+    ]
+    assert read("layers_saved_total") == 3 + 1 + 1
+    assert read("samples_total") == 4
+    assert read("exits_total", layer="3", reason="forced") == 1
+    assert read("exit_layer_bucket", le="3.0") == 3
+    assert read("layer_batch_size_sum", layer="2") == 3
+
+
+async def test_a_life() -> None:
+    life = Lifecycle()
+    with pytest.raises(NotReady, match="starting"):
+        life.enter()
+    life.phase = "ready"
+    life.enter()
+    draining = asyncio.create_task(life.drain(serve_on_s=0.02, finish_s=5))
+    await asyncio.sleep(0)
+    assert (life.ready, life.started) == (False, True)
+    life.enter()  # still serving
+    await asyncio.sleep(0.05)
+    with pytest.raises(NotReady, match="shutting down"):
+        life.enter()
+    assert not draining.done()
+    life.leave()
+    life.leave()
+    await draining
+
+
+@pytest.mark.looptime
+async def test_a_drain_ends_even_if_a_request_does_not(looptime: float) -> None:
+    life = Lifecycle()
+    life.phase = "ready"
+    life.enter()
+    await life.drain(serve_on_s=5, finish_s=30)
+    assert looptime == 35
+
+
+def test_the_service_never_imports_what_it_must_not() -> None:
+    """In a process of its own: transformers and the training package stay out of the server, and
+    torch out of the batcher."""
+    program = (
+        "import sys, offramp_service.batcher; assert 'torch' not in sys.modules;"
+        "import offramp_service.__main__;"
+        "assert not {'transformers', 'offramp_training', 'pandas'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=50)

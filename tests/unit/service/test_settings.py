@@ -1,0 +1,64 @@
+"""Flags, environment, precedence, and settings that contradict one another."""
+
+import socket
+
+import pytest
+from pydantic import ValidationError
+
+from offramp_service.__main__ import main
+from offramp_service.settings import Settings, parse_command_line, usable_cores
+
+
+def test_a_flag_wins_over_the_environment_over_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MODEL_ID", "/somewhere/tiny")
+    monkeypatch.setenv("PORT", "81")
+    monkeypatch.setenv("MAX_BATCH_TOKENS", "512")
+    settings = parse_command_line(["--port", "82", "--auto-truncate"])
+    assert (settings.port, settings.max_batch_tokens, settings.max_concurrent_requests) == (
+        *(82, 512, 512),
+    )
+    assert settings.auto_truncate
+    assert settings.model_name == "tiny"
+
+
+def test_the_machines_name_is_not_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOSTNAME", socket.gethostname())
+    assert Settings(model_id="x").hostname == "127.0.0.1"
+    monkeypatch.setenv("HOSTNAME", "0.0.0.0")
+    assert Settings(model_id="x").hostname == "0.0.0.0"
+    monkeypatch.setenv("PORT", "")
+    assert Settings(model_id="x").port == 3000
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"port": 70000},
+        {"default_speedup": 0.5},
+        {"default_speedup": float("nan")},
+        {"max_client_batch_size": 600},
+        {"max_input_length": 4096},
+        {"min_speedup": 3.0, "max_speedup": 2.0},
+        {"max_queued_tokens": 0},
+    ],
+)
+def test_what_cannot_work_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        Settings(model_id="x", **wrong)
+
+
+def test_the_command_names_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model-id", "x", "--max-batch-tokens", "many"]) == 2
+    assert "offramp-serve: --max-batch-tokens: " in capsys.readouterr().err
+    assert main(["--model-id", "/no/such/place", "--log-level", "error"]) == 2
+    assert "/no/such/place" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        main(["--no-such-flag"])
+    assert error.value.code == 2
+
+
+def test_threads_default_to_usable_cores() -> None:
+    assert Settings(model_id="x").engine_threads == usable_cores() >= 1
+    assert Settings(model_id="x", threads=3).engine_threads == 3

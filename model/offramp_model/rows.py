@@ -137,7 +137,7 @@ class PackedTokens:
         plan = compact_plan(stays, self.cu_seqlens)
         values = gather_rows(self.values, self.cu_seqlens, plan)
         # The one place where the survivor count is read on the host.
-        survivors = int(plan.counts[0])
+        survivors, _ = plan.read_counts()
         return PackedTokens(values, plan.cu_seqlens[: survivors + 1])
 
 

@@ -38,7 +38,8 @@ def test_every_file_says_what_it_is(package: str) -> None:
 
 def test_the_version_is_in_the_changelog() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)
     assert newest is not None
     assert newest.group(1) == project["version"]
 
@@ -49,5 +50,5 @@ def test_the_model_and_the_service_do_not_load_transformers() -> None:
         module = importlib.import_module(package)
         for path in Path(str(module.__file__)).parent.rglob("*.py"):
             assert not re.search(
-                r"^\s*(import|from) transformers", path.read_text(encoding="utf-8"), re.M
+                r"^\s*(import|from) transformers", path.read_text(encoding="utf-8"), re.MULTILINE
             ), path

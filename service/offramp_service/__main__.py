@@ -36,14 +36,11 @@ _GOODBYE_S = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    # PID 1 of a container ignores SIGTERM unless it is handled, and loading takes a moment.
-    signal.signal(signal.SIGTERM, _exit_at_once)
     try:
         settings = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     except ValidationError as error:
         return _refuse(*(_explain(one["loc"], one["msg"]) for one in error.errors()))
-    _configure_logging(settings)
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # a third of the series, of no use to anybody here
+    _prepare_process(settings)
     try:
         app = create_app(settings)
     except (CheckpointError, SettingsError) as error:
@@ -64,12 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pipeline,
     )
     server.run()
-    code = 0 if server.started else 1
     logging.shutdown()
     sys.stdout.flush()
-    if pipeline.batcher.unanswered or pipeline.batcher.busy:
-        os._exit(code)  # a batch is still computing: the interpreter cannot end around it
-    return code
+    if pipeline.batcher.busy:
+        os._exit(0)  # a batch that nobody waits for still runs; Python cannot end around it
+    return 0
 
 
 class Server(uvicorn.Server):
@@ -107,6 +103,14 @@ class Server(uvicorn.Server):
         )
         self._pipeline.batcher.close()
         self.should_exit = True
+
+
+def _prepare_process(settings: Settings) -> None:
+    # PID 1 of a container ignores SIGTERM unless it is handled, and loading takes a moment.
+    signal.signal(signal.SIGTERM, _exit_at_once)
+    # A third of all series, and of no use to anybody here.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    _configure_logging(settings)
 
 
 def _exit_at_once(sig: int, _: FrameType | None) -> None:

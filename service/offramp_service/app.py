@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 DOORS = (classify,)
 
-# A batch that is running when the process should end gets so long.
-_JOIN_S = 5.0
+# A batch that still runs when everybody has been answered gets so long to end by itself.
+_JOIN_S = 1.0
 
 
 def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:

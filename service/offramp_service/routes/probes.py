@@ -27,11 +27,13 @@ def router(lifecycle: Lifecycle, engine_alive: Callable[[], bool]) -> APIRouter:
     async def startupz() -> Response:
         return _probe(lifecycle.started, lifecycle)
 
-    routes.add_api_route("/livez", livez, methods=["GET", "HEAD"], response_model=None)
-    routes.add_api_route("/startupz", startupz, methods=["GET", "HEAD"], response_model=None)
-    for path in READY_PATHS:
+    endpoints = {"/livez": livez, "/startupz": startupz} | dict.fromkeys(READY_PATHS, readyz)
+    for path, endpoint in endpoints.items():
+        name = path.strip("/")
+        routes.add_api_route(path, endpoint, methods=["GET"], name=name, response_model=None)
+        # Balancers ask with HEAD; the document need not say everything twice.
         routes.add_api_route(
-            path, readyz, methods=["GET", "HEAD"], name=path.strip("/"), response_model=None
+            path, endpoint, methods=["HEAD"], include_in_schema=False, response_model=None
         )
     return routes
 

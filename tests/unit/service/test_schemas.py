@@ -22,10 +22,10 @@ def test_the_four_shapes(given: object) -> None:
 
 
 def test_unknown_fields_are_named_and_ignored() -> None:
-    request, ignored = read_request(b'{"input": "a", "treshold": 0.5, "speedup": 2}')
+    request, ignored = read_request(b'{"input": "a", "thresholds": 0.5, "speedup": 2}')
     assert request.speedup == 2
     assert request.threshold is None
-    assert ignored == ["treshold"]
+    assert ignored == ["thresholds"]
 
 
 @pytest.mark.parametrize(

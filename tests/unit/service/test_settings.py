@@ -49,7 +49,11 @@ def test_what_cannot_work_is_refused(wrong: dict[str, object]) -> None:
         Settings(model_id="x", **wrong)
 
 
-def test_the_command_names_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_the_flag(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Signals and logging belong to the test process.
+    monkeypatch.setattr("offramp_service.__main__._prepare_process", lambda _: None)
     assert main(["--model-id", "x", "--max-batch-tokens", "many"]) == 2
     assert "offramp-serve: --max-batch-tokens: " in capsys.readouterr().err
     assert main(["--model-id", "/no/such/place", "--log-level", "error"]) == 2

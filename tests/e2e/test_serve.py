@@ -1,0 +1,207 @@
+"""The real command as a process on a loopback port: start, answer, refuse, drain."""
+
+import asyncio
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_stray_event_loop() -> None:
+    """looptime asks for the current loop before there is one, and asyncio would make it."""
+    asyncio.set_event_loop(None)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = Path(__file__).parents[1] / "unit" / "service" / "support.py"
+    spec = importlib.util.spec_from_file_location("service_support", path)
+    assert spec is not None
+    assert spec.loader is not None
+    support = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(support)
+    return support.write_tiny_checkpoint(tmp_path_factory.mktemp("serve") / "tiny")
+
+
+@dataclass
+class Server:
+    """A running `offramp-serve`, and what it printed."""
+
+    process: subprocess.Popen[str]
+    port: int
+    greeting: str
+
+    def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, dict, bytes]:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            return response.status, dict(response.headers), response.read()
+        finally:
+            connection.close()
+
+    def classify(self, **body: Any) -> tuple[int, dict, dict]:
+        status, headers, content = self.ask("POST", "/classify", json.dumps(body).encode())
+        return status, headers, json.loads(content)
+
+    def status(self, path: str) -> int:
+        return self.ask("GET", path)[0]
+
+    def wait(self) -> int:
+        return self.process.wait(30)
+
+
+# A batch that takes its time, so that there is something in flight to look at.
+SLOW = """
+import sys, time
+from offramp_service.__main__ import main
+from offramp_service.engine import Engine
+delay, call = float(sys.argv[1]), Engine.__call__
+def slow(self, jobs):
+    time.sleep(delay)
+    yield from call(self, jobs)
+Engine.__call__ = slow
+sys.exit(main(sys.argv[2:]))
+"""
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def start(directory: Path) -> Iterator[Start]:
+    processes: list[subprocess.Popen[str]] = []
+
+    def run(*flags: str, batch_takes_s: float | None = None) -> Server:
+        command = [sys.executable, "-m", "offramp_service"]
+        if batch_takes_s is not None:
+            command = [sys.executable, "-c", SLOW, str(batch_takes_s)]
+        process = subprocess.Popen(
+            [*command, "--model-id", str(directory), "--port", "0", "--threads", "1", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={name: value for name, value in os.environ.items() if name != "PORT"},
+        )
+        processes.append(process)
+        assert process.stdout is not None
+        greeting = process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/classify", greeting)
+        assert found is not None, process.communicate(timeout=10)
+        return Server(process, int(found[1]), greeting)
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate(timeout=10)
+
+
+def test_it_starts_answers_refuses_and_ends(start: Start) -> None:
+    began = time.monotonic()
+    server = start("--drain-seconds", "0")
+    assert time.monotonic() - began < 20  # 10 s is the promise; test machines are shared
+    assert "curl -i http://127.0.0.1" in server.greeting
+    assert server.status("/readyz") == 200
+
+    pasted = re.search(r"-d '(.*)'", server.greeting)
+    assert pasted is not None
+    assert server.ask("POST", "/classify", pasted[1].encode())[0] == 200
+    status, headers, content = server.classify(input=["w1 w2", "w3"], speedup=2.0)
+    assert status == 200
+    assert [item["index"] for item in content["data"]] == [0, 1]
+    assert float(headers["x-speedup-achieved"]) >= 1.0
+    assert server.ask("POST", "/classify", b"{")[0] == 400
+    assert server.classify(input="w1", speedup=99)[0] == 422
+    assert server.classify(input="w1", model="other")[0] == 404
+    assert b'offramp_requests_total{code="200"' in server.ask("GET", "/metrics")[2]
+    assert b"_created" not in server.ask("GET", "/metrics")[2]
+    assert psutil.Process(server.process.pid).memory_info().rss < 1.2 * 2**30
+
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert server.process.stderr is not None
+    log = server.process.stderr.read()
+    assert "limits: 32 tokens a text" in log
+    assert "w1" not in log
+    assert "Traceback" not in log
+
+
+def test_sigterm_drains(start: Start) -> None:
+    server = start("--drain-seconds", "0.6", "--shutdown-timeout", "10", batch_takes_s=0.5)
+    kept = HTTPConnection("127.0.0.1", server.port, timeout=30)
+    kept.connect()
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    assert server.status("/readyz") == 503  # unready at once …
+    assert server.status("/livez") == 200
+    answers: list[int] = []
+    clients = [
+        threading.Thread(target=lambda: answers.append(server.classify(input="w1 w2")[0]))
+        for _ in range(3)
+    ]
+    for client in clients:  # … but still serving
+        client.start()
+        time.sleep(0.1)
+    time.sleep(0.4)
+    kept.request("POST", "/classify", b'{"input": "w1"}')  # after the drain window
+    response = kept.getresponse()
+    assert (response.status, response.headers["retry-after"]) == (503, "5")
+    response.read()
+    kept.close()
+    for client in clients:
+        client.join(20)
+    assert answers == [200, 200, 200]
+    assert server.wait() == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", server.port), timeout=5)
+
+
+def test_what_takes_longer_than_the_shutdown_timeout_is_told(start: Start) -> None:
+    server = start("--drain-seconds", "0", "--shutdown-timeout", "0.3", batch_takes_s=20)
+    answers: list[int] = []
+    client = threading.Thread(target=lambda: answers.append(server.classify(input="w1")[0]))
+    client.start()
+    time.sleep(0.3)
+    server.process.send_signal(signal.SIGTERM)
+    client.join(20)
+    assert answers == [503]
+    assert server.wait() == 0
+
+
+def test_a_second_signal_ends_at_once(start: Start) -> None:
+    server = start("--drain-seconds", "30")
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert server.status("/readyz") == 503
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 128 + signal.SIGTERM
+
+
+def test_a_taken_port_is_an_error_not_a_success(start: Start, directory: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = subprocess.run(
+            [sys.executable, "-m", "offramp_service", "--model-id", directory, "--port", port],
+            capture_output=True,
+            text=True,
+            timeout=50,
+        )
+    assert result.returncode == 3  # uvicorn's own code for a failed start
+    assert "address already in use" in result.stderr
+    assert "Traceback" not in result.stderr

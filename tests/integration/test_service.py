@@ -1,0 +1,540 @@
+"""A tiny random checkpoint behind the whole application, over HTTP without sockets."""
+
+import asyncio
+import importlib.util
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from asgi_lifespan import LifespanManager
+from fastapi import FastAPI
+
+from offramp_model.checkpoint import load_checkpoint
+from offramp_model.recorded import record_exits
+from offramp_service.app import create_app
+from offramp_service.settings import Settings
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_stray_event_loop() -> None:
+    """looptime asks for the current loop before there is one, and asyncio would make it."""
+    asyncio.set_event_loop(None)
+
+
+@pytest.fixture(scope="module")
+def support() -> ModuleType:
+    path = Path(__file__).parents[1] / "unit" / "service" / "support.py"
+    spec = importlib.util.spec_from_file_location("service_support", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory, support: ModuleType) -> Path:
+    return support.write_tiny_checkpoint(tmp_path_factory.mktemp("service") / "tiny")
+
+
+Running = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
+
+
+@pytest.fixture
+def running(directory: Path) -> Running:
+    """A started application and a client for it."""
+
+    @asynccontextmanager
+    async def start(
+        around: Callable[[FastAPI], None] = lambda _: None, **settings: Any
+    ) -> AsyncIterator[httpx.AsyncClient]:
+        app = create_app(Settings(model_id=directory, threads=1, **settings))
+        around(app)
+        transport = httpx.ASGITransport(app)
+        async with (
+            LifespanManager(app, startup_timeout=30, shutdown_timeout=30),
+            httpx.AsyncClient(transport=transport, base_url="http://tiny") as client,
+        ):
+            client.app = app  # type: ignore[attr-defined]
+            yield client
+
+    return start
+
+
+@pytest.fixture
+async def client(running: Running) -> AsyncIterator[httpx.AsyncClient]:
+    async with running() as client:
+        yield client
+
+
+class Gate:
+    """Holds the engine before each batch until it is opened."""
+
+    def __init__(self) -> None:
+        self.opened, self.entered = threading.Event(), threading.Event()
+
+    def around(self, app: FastAPI) -> None:
+        batcher = app.state.pipeline.batcher
+        engine = batcher._engine
+
+        def gated(jobs: Any) -> Iterator[Any]:
+            self.entered.set()
+            assert self.opened.wait(20)
+            yield from engine(jobs)
+
+        batcher._engine = gated
+
+
+async def post(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
+    return await client.post("/classify", json=body)
+
+
+async def series(client: httpx.AsyncClient) -> dict[str, float]:
+    lines = (await client.get("/metrics")).text.splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+def sample(values: dict[str, float], name: str, *labels: str) -> float:
+    found = [
+        value
+        for key, value in values.items()
+        if key.startswith(f"offramp_{name}{{") and all(label in key for label in labels)
+    ]
+    return sum(found)
+
+
+# -- answers ---------------------------------------------------------------------------------
+
+
+async def test_the_plain_answer_is_vllms(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/classify", json={"model": "tiny", "input": "w1 w2 w3"})
+    assert response.status_code == 200
+    content = response.json()
+    assert content.keys() == {"id", "object", "created", "model", "data", "usage"}
+    assert content["id"] == f"classify-{response.headers['x-request-id']}"
+    assert (content["object"], content["model"]) == ("list", "tiny")
+    (item,) = content["data"]
+    assert item.keys() == {"index", "label", "probs", "num_classes"}
+    assert item["num_classes"] == len(item["probs"]) == 3
+    assert sum(item["probs"]) == pytest.approx(1.0)
+    assert content["usage"] == {
+        "prompt_tokens": 5,
+        "total_tokens": 5,
+        "completion_tokens": 0,
+        "prompt_tokens_details": None,
+    }
+
+
+async def test_a_speedup_of_one_is_the_full_model(
+    client: httpx.AsyncClient, directory: Path, support: ModuleType
+) -> None:
+    texts = support.random_texts(20, seed=9)
+    checkpoint = load_checkpoint(directory)
+    recorded = record_exits(checkpoint.stack(), checkpoint.tokenizer().encode(texts))
+    response = await post(client, input=texts, speedup=1.0, use_activation=False)
+    items = response.json()["data"]
+    logits = torch.tensor([item["probs"] for item in items])
+    torch.testing.assert_close(logits, recorded.logits[-1], atol=1e-4, rtol=1e-4)
+    names = [checkpoint.model.labels[index] for index in recorded.logits[-1].argmax(-1).tolist()]
+    assert [item["label"] for item in items] == names
+
+
+async def test_every_exit_answers_with_its_own_logits(
+    client: httpx.AsyncClient, directory: Path, support: ModuleType
+) -> None:
+    texts = support.random_texts(30, seed=10)
+    checkpoint = load_checkpoint(directory)
+    recorded = record_exits(checkpoint.stack(), checkpoint.tokenizer().encode(texts))
+    response = await post(
+        client, input=texts, speedup=1.7, use_activation=False, return_details=True
+    )
+    items = response.json()["data"]
+    layers = [item["details"]["exit_layer"] for item in items]
+    assert len(set(layers)) > 1, "the test needs texts of different depth"
+    for index, (item, layer) in enumerate(zip(items, layers, strict=True)):
+        expected = recorded.logits[layer - 1, index]
+        torch.testing.assert_close(torch.tensor(item["probs"]), expected, atol=1e-4, rtol=1e-4)
+        threshold = item["details"]["threshold"]
+        assert (item["details"]["exit_signal"] > threshold) or layer == 4
+
+
+async def test_details_and_headers(client: httpx.AsyncClient) -> None:
+    response = await post(client, input=["w1 w2", "w3"], speedup=2.0, return_details=True)
+    items = response.json()["data"]
+    for item in items:
+        details = item["details"]
+        assert details.keys() == {
+            *("exit_layer", "num_layers", "exit_signal", "threshold", "timings_ms")
+        }
+        assert details["num_layers"] == 4
+        timings = details["timings_ms"]
+        parts = timings["tokenization"] + timings["queue"] + timings["inference"]
+        assert timings["total"] == pytest.approx(parts, abs=0.01)
+    mean = sum(item["details"]["exit_layer"] for item in items) / 2
+    headers = response.headers
+    assert float(headers["x-exit-layer-mean"]) == pytest.approx(mean, abs=0.01)
+    assert float(headers["x-speedup-achieved"]) == pytest.approx(4 / mean, abs=0.01)
+    assert float(headers["x-exit-threshold"]) == pytest.approx(
+        items[0]["details"]["threshold"], rel=1e-5
+    )
+    assert headers["x-compute-tokens"] == "7"
+    for name in ("total", "tokenization", "queue", "inference"):
+        assert headers[f"x-{name}-time"].isdecimal()
+
+
+async def test_one_text_names_its_layer_and_never_early_is_null(
+    client: httpx.AsyncClient,
+) -> None:
+    response = await post(client, input="w1", return_details=True)
+    assert response.headers["x-exit-layer"] == "4"
+    assert response.headers["x-exit-threshold"] == "inf"
+    assert response.json()["data"][0]["details"]["threshold"] is None
+
+
+async def test_headers_control_and_the_body_wins(client: httpx.AsyncClient) -> None:
+    async def layer(headers: dict[str, str], **body: Any) -> str:
+        response = await client.post("/classify", json={"input": "w5 w6"} | body, headers=headers)
+        return response.headers["x-exit-layer"]
+
+    assert await layer({}) == "4"
+    assert await layer({"X-Speedup": "4"}) == "1"
+    assert await layer({"X-Exit-Threshold": "0"}) == "1"
+    assert await layer({"X-Speedup": "4"}, speedup=1) == "4"
+    assert await layer({"X-Speedup": "4"}, min_layer=3) == "3"
+    assert await layer({}, max_layer=2) == "2"
+
+
+async def test_token_ids_and_pairs(client: httpx.AsyncClient) -> None:
+    async def probs(**body: Any) -> list[list[float]]:
+        response = await post(client, **body)
+        assert response.status_code == 200, response.text
+        return [item["probs"] for item in response.json()["data"]]
+
+    text = (await probs(input="w1 w2"))[0]
+    assert await probs(input=[2, 5, 6, 3]) == [pytest.approx(text)]
+    assert (await probs(input=[[2, 5, 6, 3], [2, 9, 3]]))[0] == pytest.approx(text)
+    pair = (await probs(input="w1 w2", text_pair="w3"))[0]
+    assert pair != pytest.approx(text)
+    listed = await probs(input=["w1 w2", "w4"], text_pair=["w3", "w5"])
+    assert listed[0] == pytest.approx(pair)
+
+
+async def test_truncation(client: httpx.AsyncClient, running: Running) -> None:
+    long = " ".join(f"w{number}" for number in range(40))
+    refused = await post(client, input=["w1", long])
+    assert refused.status_code == 422
+    assert refused.json()["error"]["param"] == "input[1]"
+    assert "42 tokens, at most 32" in refused.json()["error"]["message"]
+
+    async def tokens(**body: Any) -> int:
+        response = await post(client, input=long, **body)
+        assert response.status_code == 200, response.text
+        return response.json()["usage"]["prompt_tokens"]
+
+    assert await tokens(truncate_prompt_tokens=-1) == 32
+    assert await tokens(truncate_prompt_tokens=10) == 10
+    assert await tokens(truncate_prompt_tokens=10, add_special_tokens=False) == 10
+    kept = (await post(client, input=long, truncate_prompt_tokens=4, truncation_side="left")).json()
+    tail = (await post(client, input="w38 w39")).json()
+    assert kept["data"][0]["probs"] == pytest.approx(tail["data"][0]["probs"])
+    for limit in (0, 2, 33, -2):
+        response = await post(client, input=long, truncate_prompt_tokens=limit)
+        assert response.json()["error"]["param"] == "truncate_prompt_tokens"
+    async with running(auto_truncate=True) as generous:
+        response = await post(generous, input=long)
+        assert response.json()["usage"]["prompt_tokens"] == 32
+
+
+async def test_mixed_speedups_share_a_batch_and_keep_their_meaning(
+    running: Running, support: ModuleType
+) -> None:
+    texts = support.random_texts(24, seed=11)
+    speedups = [1.0, 1.5, 2.0, 4.0]
+    gate = Gate()
+    async with running(gate.around) as client:
+
+        async def ask(index: int) -> dict[str, Any]:
+            response = await post(
+                client, input=texts[index], speedup=speedups[index % 4], return_details=True
+            )
+            return response.json()["data"][0]
+
+        gate.opened.set()
+        alone = [await ask(index) for index in range(len(texts))]
+        gate.opened.clear()
+        together = asyncio.gather(*(ask(index) for index in range(len(texts))))
+        await asyncio.sleep(0.05)
+        gate.opened.set()
+        mixed = await together
+        values = await series(client)
+    assert sample(values, "batch_size_count") < 2 * len(texts)
+    for one, other in zip(alone, mixed, strict=True):
+        assert other["probs"] == pytest.approx(one["probs"], abs=1e-4)
+        assert other["details"]["exit_layer"] == one["details"]["exit_layer"]
+        assert other["details"]["threshold"] == one["details"]["threshold"]
+
+
+async def test_request_ids_are_echoed(client: httpx.AsyncClient) -> None:
+    response = await post(client, input="w1", request_id="mine-1")
+    assert response.headers["x-request-id"] == "mine-1"
+    response = await client.post(
+        "/classify", json={"input": ""}, headers={"X-Request-Id": "theirs"}
+    )
+    assert (response.status_code, response.headers["x-request-id"]) == (400, "theirs")
+    assert (await post(client, input="w1", request_id="a b\n")).status_code == 422
+
+
+async def test_unknown_fields_are_named(client: httpx.AsyncClient) -> None:
+    response = await post(client, input="w1", thresholds=0.5, **{"ö\n": 1})
+    assert response.status_code == 200
+    assert response.headers["x-ignored-fields"] == "thresholds, ?"
+    vllm = await post(
+        client, input="w1", user="u", priority=3, cache_salt="s", padding=True, request_id="r"
+    )
+    assert vllm.status_code == 200
+    assert "x-ignored-fields" not in vllm.headers
+
+
+# -- refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({}, 422, "input"),
+        ({"input": []}, 400, "input"),
+        ({"input": ""}, 400, "input"),
+        ({"input": ["w1", ""]}, 400, "input[1]"),
+        ({"input": [[1], []]}, 400, "input[1]"),
+        ({"input": ["w1"] * 33}, 413, "input"),
+        ({"input": ["w1", 1]}, 422, "input[1]"),
+        ({"input": [1, "w1"]}, 422, "input[1]"),
+        ({"input": [1, 64]}, 422, "input"),
+        ({"input": [[1], [-1]]}, 422, "input[1]"),
+        ({"input": [10**30]}, 422, "input"),
+        ({"input": [5] * 33}, 422, "input"),
+        ({"input": "w1", "model": "other"}, 404, "model"),
+        ({"input": "w1", "speedup": 4.5}, 422, "speedup"),
+        ({"input": "w1", "speedup": True}, 422, "speedup"),
+        ({"input": "w1", "threshold": 1.01}, 422, "threshold"),
+        ({"input": "w1", "min_layer": 3, "max_layer": 2}, 422, "min_layer"),
+        ({"input": "w1", "text_pair": ["w2"]}, 422, "text_pair"),
+        ({"input": ["w1"], "text_pair": "w2"}, 422, "text_pair"),
+        ({"input": ["w1", "w2"], "text_pair": ["w2"]}, 422, "text_pair"),
+        ({"input": [1, 2], "text_pair": "w2"}, 422, "text_pair"),
+        ({"messages": [{"role": "user", "content": "w1"}]}, 422, "messages"),
+    ],
+)
+async def test_bad_input_names_its_field_and_disturbs_nothing(
+    client: httpx.AsyncClient, body: dict[str, Any], status: int, param: str
+) -> None:
+    good = asyncio.create_task(post(client, input="w1 w2"))
+    response = await post(client, **body)
+    error = response.json()["error"]
+    assert response.status_code == error["code"] == status, error
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert (await good).status_code == 200
+    values = await series(client)
+    assert sample(values, "requests_total", f'code="{status}"', 'route="/classify"') == 1
+    assert sample(values, "request_failures_total") == 1
+
+
+async def test_bodies_that_are_not_json_or_too_large(running: Running) -> None:
+    async with running(payload_limit=1000) as client:
+        assert (await client.post("/classify", content=b'{"input')).status_code == 400
+
+        async def chunks() -> AsyncIterator[bytes]:
+            for _ in range(20):
+                yield b" " * 100
+
+        for content in (b" " * 1001, chunks()):
+            response = await client.post("/classify", content=content)
+            assert response.status_code == 413
+            assert "1000 bytes" in response.json()["error"]["message"]
+        assert (await client.get("/nope")).json()["error"]["code"] == 404
+        assert (await client.get("/classify")).json()["error"]["code"] == 405
+
+
+async def test_a_full_queue_answers_429_and_recovers(running: Running) -> None:
+    gate = Gate()
+    limits = {"max_concurrent_requests": 4, "max_client_batch_size": 4, "max_batch_requests": 1}
+    async with running(gate.around, **limits) as client:
+        waiting = asyncio.create_task(post(client, input=["w1", "w2", "w3"]))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        refused = await post(client, input=["w4", "w5"])
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"] == {
+            "message": "queue is full (4 requests)",
+            "type": "overloaded",
+            "param": None,
+            "code": 429,
+        }
+        values = await series(client)
+        assert sample(values, "queue_requests") == 2
+        assert sample(values, "inflight_requests") == 1
+        assert (await client.get("/livez")).status_code == 200
+        gate.opened.set()
+        assert (await waiting).status_code == 200
+        assert (await post(client, input=["w4", "w5"])).status_code == 200
+        values = await series(client)
+    assert sample(values, "queue_requests") == sample(values, "queue_tokens") == 0
+    assert sample(values, "request_failures_total", "overloaded") == 1
+
+
+async def test_a_late_answer_is_504(running: Running) -> None:
+    gate = Gate()
+    async with running(gate.around, request_timeout_ms=50) as client:
+        response = await post(client, input="w1")
+        assert response.status_code == 504
+        assert response.json()["error"]["type"] == "deadline_exceeded"
+        gate.opened.set()
+
+
+async def test_a_broken_model_answers_500_and_the_next_request_is_served(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    def break_on_w9(app: FastAPI) -> None:
+        stack = app.state.pipeline.model.stack
+        embed = stack.embed
+
+        def broken(batch: Any) -> Any:
+            if 13 in batch.input_ids.tolist():
+                raise RuntimeError("out of luck")
+            return embed(batch)
+
+        stack.embed = broken
+
+    async with running(break_on_w9) as client:
+        response = await post(client, input="w9 secret")
+        assert response.status_code == 500
+        assert response.json()["error"]["type"] == "engine_failed"
+        assert (await post(client, input="w1")).status_code == 200
+    assert "secret" not in caplog.text
+
+
+async def test_a_client_that_leaves_costs_nothing_more(running: Running) -> None:
+    gate = Gate()
+    async with running(gate.around, max_batch_requests=1) as client:
+        app: FastAPI = client.app  # type: ignore[attr-defined]
+        pipeline = app.state.pipeline
+        body = json.dumps({"input": ["w1", "w2", "w3"]}).encode()
+        messages = [{"type": "http.request", "body": body}]
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop()
+            await asyncio.to_thread(gate.entered.wait, 20)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/classify",
+            "headers": [],
+            "query_string": b"",
+        }
+        await app(scope, receive, send)
+        assert sent[0]["status"] == 499
+        assert pipeline.batcher.unanswered == 0
+        values = await series(client)
+        assert sample(values, "queue_requests") == 0
+        assert sample(values, "request_failures_total", "disconnected") == 1
+        gate.opened.set()
+        assert (await post(client, input="w5")).status_code == 200
+        values = await series(client)
+    assert sample(values, "samples_total") == 1
+
+
+# -- probes, information, life ---------------------------------------------------------------
+
+
+async def test_probes_through_a_life(running: Running) -> None:
+    paths = ("/livez", "/startupz", "/readyz", "/health", "/ping")
+    async with running() as client:
+        assert [(await client.get(path)).status_code for path in paths] == [200] * 5
+        assert (await client.head("/readyz")).status_code == 200
+        lifecycle = client.app.state.pipeline.lifecycle  # type: ignore[attr-defined]
+        drain = asyncio.create_task(lifecycle.drain(serve_on_s=0.05, finish_s=1))
+        await asyncio.sleep(0)
+        assert [(await client.get(path)).status_code for path in paths] == [200, 200, 503, 503, 503]
+        assert sample(await series(client), "ready") == 0
+        assert (await post(client, input="w1")).status_code == 200
+        await drain
+        refused = await post(client, input="w1")
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        assert refused.json()["error"]["type"] == "not_ready"
+
+
+async def test_requests_before_the_start_are_told_so(directory: Path) -> None:
+    app = create_app(Settings(model_id=directory, threads=1))
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+        assert (await client.get("/startupz")).status_code == 503
+        assert (await post(client, input="w1")).status_code == 503
+
+
+async def test_info_tells_limits_and_calibration(client: httpx.AsyncClient) -> None:
+    info = (await client.get("/info")).json()
+    assert info["model_type"]["classifier"]["id2label"]["0"] == "negative"
+    assert info["max_input_length"] == 32
+    assert (info["num_layers"], info["exit_layers"]) == (4, [1, 2, 3, 4])
+    assert (info["exit_policy"], info["speedup"]) == (
+        "confidence",
+        {"default": 1.0, "min": 1.0, "max": 4.0},
+    )
+    points = info["calibration"]["points"]
+    assert points[0]["speedup"] == 1.0
+    assert points[0]["threshold"] is None
+    assert points[-1]["speedup"] == 4.0
+    assert (await client.get("/v1/models")).json()["data"][0]["id"] == "tiny"
+
+
+async def test_the_document_is_honest_about_the_doors(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    for path in ("/classify", "/v1/classify"):
+        operation = document["paths"][path]["post"]
+        schema = operation["requestBody"]["content"]["application/json"]["schema"]
+        assert {"input", "speedup", "threshold", "text_pair"} <= schema["properties"].keys()
+        assert {"200", "413", "422", "429", "503", "504"} <= operation["responses"].keys()
+    assert (await client.get("/docs")).status_code == 200
+
+
+async def test_metrics_add_up(client: httpx.AsyncClient, support: ModuleType) -> None:
+    before = await series(client)
+    texts = support.random_texts(20, seed=12)
+    layers = []
+    for speedup in (1.0, 2.0):
+        response = await post(client, input=texts, speedup=speedup, return_details=True)
+        layers += [item["details"]["exit_layer"] for item in response.json()["data"]]
+    values = await series(client)
+    assert values.keys() == before.keys()
+    assert sample(values, "samples_total") == sample(values, "exits_total") == 40
+    assert sample(values, "layer_executions_total") == sum(layers)
+    assert sample(values, "layers_saved_total") == 4 * 40 - sum(layers)
+    assert sample(values, "exit_layer_sum") == sum(layers)
+    assert sample(values, "tokens_total", "real") > 0
+    assert sample(values, "requests_total", 'code="200"') == 2
+    assert sample(values, "speedup_requested_sum") == 3.0
+    assert sample(values, "model_info", 'exit_policy="confidence"') == 1
+    assert sample(values, "ready") == 1
+
+
+async def test_two_applications_in_one_process(running: Running) -> None:
+    async with running() as one, running(served_model_name="second") as two:
+        assert (await post(one, input="w1")).json()["model"] == "tiny"
+        assert (await post(two, input="w1", model="second")).json()["model"] == "second"
+        assert sample(await series(one), "samples_total") == 1

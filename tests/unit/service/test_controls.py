@@ -1,0 +1,156 @@
+"""From speed-ups, thresholds, headers and bounds to what a row carries."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from starlette.datastructures import Headers
+
+from offramp_service.controls import Asked, ControlDesk
+from offramp_service.errors import InvalidInput
+from offramp_service.served_model import ServedModel, SettingsError, load_model
+from offramp_service.settings import Settings
+
+INF = float("inf")
+
+
+@pytest.fixture(scope="module")
+def support() -> ModuleType:
+    path = Path(__file__).with_name("support.py")
+    spec = importlib.util.spec_from_file_location("service_support", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory, support: ModuleType) -> Path:
+    return support.write_tiny_checkpoint(tmp_path_factory.mktemp("service") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> ServedModel:
+    return load_model(Settings(model_id=directory))
+
+
+@pytest.fixture(scope="module")
+def desk(model: ServedModel) -> ControlDesk:
+    return ControlDesk(model)
+
+
+def headers(**values: str) -> Headers:
+    return Headers({name.replace("_", "-"): value for name, value in values.items()})
+
+
+def test_one_never_leaves_early_and_more_follows_the_table(
+    desk: ControlDesk, model: ServedModel
+) -> None:
+    assert desk.resolve(Asked(speedup=1.0), {}).threshold == INF
+    assert desk.resolve(Asked(), {}).threshold == INF  # the default
+    two = desk.resolve(Asked(speedup=2.0), {})
+    assert model.table is not None
+    assert two.threshold == model.table.threshold_for(2.0)
+    assert two.expected_layers == model.table.point_for(2.0).mean_exit_layer <= 2.0
+    assert desk.resolve(Asked(speedup=model.max_speedup), {}).expected_layers >= 1.0
+
+
+def test_a_higher_speedup_never_asks_for_a_stricter_threshold(desk: ControlDesk) -> None:
+    thresholds = [desk.resolve(Asked(speedup=1 + step / 20), {}).threshold for step in range(60)]
+    assert thresholds == sorted(thresholds, reverse=True)
+
+
+def test_body_over_header_over_default_and_threshold_over_speedup(
+    desk: ControlDesk, model: ServedModel
+) -> None:
+    both = headers(X_Speedup="2", X_Exit_Threshold="0.7")
+    assert desk.resolve(Asked(), both).threshold == 0.7
+    assert desk.resolve(Asked(), headers(x_speedup="2.0")).speedup == 2.0
+    assert desk.resolve(Asked(speedup=3.0), both).speedup == 3.0
+    raw = desk.resolve(Asked(speedup=3.0, threshold=0.6), both)
+    assert (raw.threshold, raw.speedup) == (0.6, None)
+    assert 1.0 <= raw.expected_layers <= 4.0
+
+
+def test_bounds(desk: ControlDesk) -> None:
+    bounded = desk.resolve(Asked(min_layer=2, max_layer=3), {})
+    assert (bounded.min_layer, bounded.max_layer, bounded.expected_layers) == (2, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "param", "message"),
+    [
+        (Asked(speedup=0.5), {}, "speedup", "speedup is 0.5, allowed is 1 to 4"),
+        (Asked(speedup=99.0), {}, "speedup", "speedup is 99"),
+        (Asked(speedup=float("nan")), {}, "speedup", "speedup is nan"),
+        (Asked(speedup=INF), {}, "speedup", "speedup is inf"),
+        (Asked(threshold=1.5), {}, "threshold", "threshold is 1.5, allowed is 0 to 1"),
+        (Asked(threshold=float("nan")), {}, "threshold", "threshold is nan"),
+        (Asked(min_layer=0), {}, "min_layer", "min_layer is 0, allowed is 1 to 4"),
+        (Asked(max_layer=5), {}, "max_layer", "max_layer is 5, allowed is 1 to 4"),
+        (Asked(min_layer=3, max_layer=2), {}, "min_layer", "min_layer 3 is above max_layer 2"),
+        (Asked(), {"x-speedup": "fast"}, "X-Speedup", "X-Speedup is 'fast'"),
+        (Asked(), {"x-speedup": "nan"}, "X-Speedup", "allowed is a number"),
+        (Asked(), {"x-speedup": "1_0"}, "X-Speedup", "allowed is a number"),
+        (Asked(), {"x-speedup": "9"}, "X-Speedup", "X-Speedup is 9, allowed is 1 to 4"),
+        (Asked(), {"x-exit-threshold": "inf"}, "X-Exit-Threshold", "allowed is a number"),
+        (Asked(), {"x-exit-threshold": "-1"}, "X-Exit-Threshold", "allowed is 0 to 1"),
+    ],
+)
+def test_what_is_out_of_range_is_named(
+    desk: ControlDesk, asked: Asked, given: dict[str, str], param: str, message: str
+) -> None:
+    with pytest.raises(InvalidInput) as error:
+        desk.resolve(asked, Headers(given))
+    assert (error.value.status, error.value.param) == (422, param)
+    assert message in error.value.message
+
+
+def test_a_ceiling_falls_to_an_exit_at_or_before_it(tmp_path: Path, support: ModuleType) -> None:
+    sparse = support.write_tiny_checkpoint(tmp_path / "sparse", exit_layers=(2, 4))
+    desk = ControlDesk(load_model(Settings(model_id=sparse)))
+    assert desk.resolve(Asked(max_layer=3), {}).max_layer == 2
+    for impossible in (Asked(max_layer=1), Asked(min_layer=3, max_layer=3)):
+        with pytest.raises(InvalidInput, match="exits are after layers 2, 4"):
+            desk.resolve(impossible, {})
+
+
+def test_another_policy_has_its_own_units(directory: Path) -> None:
+    desk = ControlDesk(load_model(Settings(model_id=directory, exit_policy="entropy")))
+    assert desk.resolve(Asked(), {}).threshold == -INF
+    mild, strong = (desk.resolve(Asked(speedup=s), {}).threshold for s in (1.5, 3.0))
+    assert 0 < mild < strong <= 1
+
+
+def test_without_a_calibration_only_thresholds_can_be_asked_for(directory: Path) -> None:
+    desk = ControlDesk(load_model(Settings(model_id=directory, exit_policy="margin")))
+    assert desk.resolve(Asked(threshold=0.5), {}).expected_layers == 4
+    assert desk.resolve(Asked(speedup=1.0), {}).threshold == INF
+    with pytest.raises(InvalidInput, match="allowed is 1 to 1"):
+        desk.resolve(Asked(speedup=1.5), {})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"exit_policy": "guess"}, "unknown exit policy 'guess'; known: full_depth"),
+        ({"max_input_length": 64}, "--max-input-length 64: this checkpoint takes 32"),
+        ({"max_batch_tokens": 16}, "--max-batch-tokens 16 does not hold one text of 32"),
+        ({"min_speedup": 9.0}, "--min-speedup 9.0: this checkpoint is calibrated up to 4"),
+        ({"default_speedup": 9.0}, "--default-speedup 9.0 is outside 1 to 4"),
+    ],
+)
+def test_settings_that_do_not_fit_the_checkpoint(
+    directory: Path, wrong: dict[str, object], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load_model(Settings(model_id=directory, **wrong))
+
+
+def test_the_operators_bounds(directory: Path) -> None:
+    model = load_model(Settings(model_id=directory, min_speedup=1.5, max_speedup=2.5))
+    assert (model.min_speedup, model.max_speedup, model.default_speedup) == (1.5, 2.5, 1.5)
+    capped = load_model(Settings(model_id=directory, max_speedup=50.0))
+    assert capped.max_speedup == 4.0

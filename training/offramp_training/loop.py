@@ -265,7 +265,8 @@ class Run:
 
 def train(run: Run) -> MultiExitModel:
     """The nest. Goes on from the newest resume point; leaves the best weights in the model."""
-    run.restore()
+    if run.restore():
+        run.reporter.say(f"goes on after step {run.position.steps}")
     for stage in run.stages_left():
         for epoch in run.epochs_left(stage):
             for batch in run.batches_left(stage, epoch):

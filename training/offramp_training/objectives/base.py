@@ -2,9 +2,9 @@
 
 An `Objective` turns a model into a list of `Stage`s; the loop runs them in order, one visible nest:
 stage -> epoch -> batch -> loss -> backward, clip, step. A stage decides which parameters move,
-which losses they see and what it remembers; it never calls the optimiser of the loop. Networks of its own
-(a gate, a weight predictor, with their own optimiser) live inside the stage and travel in its
-`state_dict`, so that a resumed run is the same run.
+which losses they see and what it remembers; it never calls the optimiser of the loop. Networks of
+its own (a gate, a weight predictor, with their own optimiser) live inside the stage and travel in
+its `state_dict`, so that a resumed run is the same run.
 
 Knows nothing about files, progress bars, validation or early stopping.
 """

@@ -1,0 +1,79 @@
+"""Recipes: what is refused, and in which words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offramp_training.config import apply_override, make_recipe, read_recipe
+from offramp_training.errors import RecipeError
+
+RECIPES = Path(__file__).parents[3] / "training" / "recipes"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    assert read_recipe(path).objective.name in path.stem
+
+
+def test_defaults_are_a_recipe() -> None:
+    recipe = make_recipe({})
+    assert recipe.objective.name == "joint"
+    assert make_recipe(recipe.as_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("table", "parts"),
+    [
+        ({"lop": {}}, ["lop: unknown key", "allowed: model, data, objective, optimiser, loop"]),
+        ({"loop": {"epoch": 3}}, ["loop.epoch: unknown key", "allowed: epochs, batch_size"]),
+        ({"loop": {"epochs": 0}}, ["loop.epochs = 0", "greater than or equal to 1"]),
+        ({"loop": {"precision": "int8"}}, ["loop.precision = 'int8'", "'no', 'bf16' or 'fp16'"]),
+        ({"optimiser": {"lr": -1.0}}, ["optimiser.lr = -1.0", "greater than 0"]),
+        ({"optimiser": {"lr": float("nan")}}, ["optimiser.lr = nan"]),
+        ({"model": {"pooling": "max"}}, ["model.pooling = 'max'", "'cls' or 'mean'"]),
+        ({"model": {"exit_layers": [3, 1]}}, ["model.exit_layers = [3, 1]", "ascending"]),
+        ({"objective": {"name": "magic"}}, ["objective.name = 'magic'", "joint"]),
+        ({"objective": {"lambda": 1}}, ["objective.lambda: unknown key", "weights, reduction"]),
+        ({"objective": {"reduction": "max"}}, ["objective.reduction = 'max'", "'weighted'"]),
+        ({"objective": {"weights": "steep"}}, ["objective.weights = 'steep'", "'depth'"]),
+        ({"objective": "joint"}, ["objective = 'joint'", "a table"]),
+    ],
+)
+def test_wrong_values_are_named(table: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(table)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_overrides_are_toml_values_and_bare_words_are_strings() -> None:
+    table: dict[str, Any] = {"loop": {"epochs": 2}}
+    for override in (
+        "loop.epochs=5",
+        "optimiser.lr = 1e-4",
+        "model.pooling=cls",
+        'objective.name="joint"',
+        "objective.weights=[1, 2, 3]",
+        "model.exit_layers=[2, 4, 6]",
+    ):
+        apply_override(table, override)
+    recipe = make_recipe(table)
+    assert (recipe.loop.epochs, recipe.optimiser.lr, recipe.model.pooling) == (5, 1e-4, "cls")
+    assert recipe.objective.weights == (1.0, 2.0, 3.0)
+    assert recipe.model.exit_layers == (2, 4, 6)
+
+
+@pytest.mark.parametrize("override", ["loop.epochs", "=3", "loop.=3", "loop.epochs.more=1"])
+def test_malformed_overrides_are_refused(override: str) -> None:
+    with pytest.raises(RecipeError, match="--set"):
+        apply_override({"loop": {"epochs": 2}}, override)
+
+
+def test_unreadable_recipes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe"):
+        read_recipe(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[loop\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="not TOML"):
+        read_recipe(broken)

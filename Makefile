@@ -13,7 +13,7 @@ PACKAGES := model kernels training service
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow test-gpu check lint types imports spelling format \
-        quickstart bench-engine bench-kernels bench-service results-sst2 clean
+        quickstart bench-engine bench-kernels bench-service results-quickstart results-sst2 clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -57,6 +57,10 @@ spelling: $(INSTALLED) ## codespell
 format: $(INSTALLED) ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+results-quickstart: $(INSTALLED) $(QUICKSTART)/offramp.json ## evaluate the quickstart checkpoint on SNIPS test rows
+	$(BIN)/offramp-train evaluate $(QUICKSTART) --data training/data/snips --split test \
+	  --json docs/results/quickstart.json --plot docs/results/quickstart.png
 
 results-sst2: $(INSTALLED) ## train joint on SST-2 and write docs/results/sst2-joint.*
 	test -e $(SST2)/offramp.json || \

@@ -196,6 +196,9 @@ def write_checkpoint(
         save_file({key: value.contiguous() for key, value in exits.items()}, part / EXITS)
         hashes = {file: file_sha256(part / file) for file in (BACKBONE, EXITS)}
         _write_manifest(part / MANIFEST, manifest.model_copy(update={"sha256": hashes}))
+        for file in part.iterdir():
+            if file.is_file():
+                file.chmod(0o644)  # safetensors writes 0600; the service may be another user
         load_checkpoint(part).stack()
         if directory.exists():
             directory.rmdir()

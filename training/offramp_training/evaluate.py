@@ -8,7 +8,7 @@ training and writes nothing but what it is asked to.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offramp_model.calibration import (
+    CalibrationTable,
     CurvePoint,
     curve,
     layer_accuracies,
@@ -38,11 +39,16 @@ DEFAULT_POLICIES = tuple(name for name in POLICIES if name not in ("full_depth",
 
 @dataclass(frozen=True)
 class PolicyReport:
-    """One policy: the points at the reachable requested speed-ups, and its whole curve."""
+    """One policy: the points at the reachable requested speed-ups, and its whole curve.
+
+    `points` have the thresholds that these very rows ask for; `calibrated` those that the
+    checkpoint's own table gives for a requested speed-up, which is what a request will get.
+    """
 
     requested: tuple[float, ...]
     points: tuple[CurvePoint, ...]
     curve: tuple[CurvePoint, ...]
+    calibrated: dict[float, CurvePoint]  # requested speed-up -> what came out
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,14 @@ class Report:
                 for layer, accuracy in self.layers.items()
             ],
             "policies": {
-                name: {"points": _plain(one.points)}
-                | ({"curve": _plain(one.curve)} if with_curves else {})
+                name: {
+                    "points": [_plain(point) for point in one.points],
+                    "calibrated": [
+                        {"requested": speedup, **_plain(point)}
+                        for speedup, point in one.calibrated.items()
+                    ],
+                }
+                | ({"curve": [_plain(point) for point in one.curve]} if with_curves else {})
                 for name, one in self.policies.items()
             },
             "oracle": {"speedup": self.oracle_speedup, "accuracy": self.oracle_accuracy},
@@ -86,7 +98,12 @@ def evaluate_checkpoint(
     """Records every exit on `dataset` and measures each policy."""
     checkpoint = load_checkpoint(directory)
     recorded = record_dataset(checkpoint, dataset)
-    return make_report(recorded, dataset, policies or DEFAULT_POLICIES)
+    tables = {
+        table.policy: table
+        for table in checkpoint.manifest.calibration
+        if (table.backend, table.dtype) == ("torch", "float32")
+    }
+    return make_report(recorded, dataset, policies or DEFAULT_POLICIES, tables)
 
 
 def record_dataset(
@@ -104,7 +121,12 @@ def record_dataset(
     return record_exits(checkpoint.stack(dtype=DTYPES[dtype]), encodings)
 
 
-def make_report(recorded: RecordedExits, dataset: Dataset, policies: Sequence[str]) -> Report:
+def make_report(
+    recorded: RecordedExits,
+    dataset: Dataset,
+    policies: Sequence[str],
+    tables: Mapping[str, CalibrationTable],
+) -> Report:
     """All figures from recorded exits; no encoder runs here."""
     labels = torch.tensor(dataset.labels)
     speedup, accuracy = oracle(recorded, labels)
@@ -114,24 +136,37 @@ def make_report(recorded: RecordedExits, dataset: Dataset, policies: Sequence[st
         rows=len(dataset),
         labels=dataset.label_names,
         layers=dict(zip(recorded.exit_layers, accuracies, strict=True)),
-        policies={name: _measure_policy(recorded, labels, name) for name in policies},
+        policies={
+            name: _measure_policy(recorded, labels, name, tables.get(name)) for name in policies
+        },
         oracle_speedup=speedup,
         oracle_accuracy=accuracy,
     )
 
 
-def _measure_policy(recorded: RecordedExits, labels: torch.Tensor, name: str) -> PolicyReport:
+def _measure_policy(
+    recorded: RecordedExits, labels: torch.Tensor, name: str, table: CalibrationTable | None
+) -> PolicyReport:
     policy = make_policy(name)
     points = curve(recorded, labels, policy)
     requested = reachable_speedups(points)
-    replayed = []
-    for speedup in requested:
-        threshold = point_for(points, speedup).threshold
+
+    def replayed(threshold: float) -> CurvePoint:
         outcome = replay(recorded, policy, threshold)
-        replayed.append(
-            measure_point(threshold, outcome.exit_layer, outcome.label, labels, recorded.num_layers)
+        return measure_point(
+            threshold, outcome.exit_layer, outcome.label, labels, recorded.num_layers
         )
-    return PolicyReport(requested, tuple(replayed), points)
+
+    calibrated = {}
+    if table is not None:
+        for speedup in reachable_speedups(table.points):
+            calibrated[speedup] = replayed(table.threshold_for(speedup))
+    return PolicyReport(
+        requested=requested,
+        points=tuple(replayed(point_for(points, speedup).threshold) for speedup in requested),
+        curve=points,
+        calibrated=calibrated,
+    )
 
 
 def store_report(directory: Path, report: Report, split: str) -> None:
@@ -177,7 +212,18 @@ def print_report(report: Report, console: Console) -> None:
     points.add_row("oracle", f"{report.oracle_accuracy:.4f} at {report.oracle_speedup:.2f}x")
     console.print(points)
 
+    served = Table(title="accuracy and achieved speed-up with the calibrated thresholds")
+    served.add_column("policy")
+    for speedup in requested:
+        served.add_column(f"{speedup:g}x", justify="right")
+    for name, one in report.policies.items():
+        cells = (f"{p.accuracy:.4f} at {p.speedup:.2f}x" for p in one.calibrated.values())
+        served.add_row(name, *list(cells)[: len(requested)])
+    if any(one.calibrated for one in report.policies.values()):
+        console.print(served)
 
-def _plain(points: Sequence[CurvePoint]) -> list[dict[str, Any]]:
-    """JSON values; infinite thresholds become strings, since JSON has no infinity."""
-    return [json.loads(point.model_dump_json()) for point in points]
+
+def _plain(point: CurvePoint) -> dict[str, Any]:
+    """JSON values; an infinite threshold becomes a string, since JSON has no infinity."""
+    values: dict[str, Any] = json.loads(point.model_dump_json())
+    return values

@@ -172,8 +172,6 @@ def _publish(
 
     with _out_of_the_way(output):
         write_checkpoint(output, fill=fill, exits=model.exit_tensors(), manifest=manifest)
-    for weights in output.glob("*.safetensors"):
-        weights.chmod(0o644)  # safetensors writes 0600; the service may run as another user
 
 
 @contextmanager

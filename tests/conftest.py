@@ -1,5 +1,6 @@
 """Settings for every test: one torch thread, a fixed hypothesis profile, loopback only."""
 
+import asyncio
 import os
 import socket
 from collections.abc import Iterator
@@ -49,3 +50,10 @@ def _loopback_only() -> Iterator[None]:
     socket.socket.bind = checked  # type: ignore[method-assign]
     yield
     socket.socket.bind = bind  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_stray_event_loop() -> None:
+    """looptime asks for the current loop before pytest-asyncio has made one; with none ever set,
+    asyncio would make one on the spot that nobody closes."""
+    asyncio.set_event_loop(None)

@@ -1,6 +1,5 @@
 """The real command as a process on a loopback port: start, answer, refuse, drain."""
 
-import asyncio
 import importlib.util
 import json
 import os
@@ -19,12 +18,6 @@ from typing import Any
 
 import psutil
 import pytest
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_stray_event_loop() -> None:
-    """looptime asks for the current loop before there is one, and asyncio would make it."""
-    asyncio.set_event_loop(None)
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,6 @@ from offramp_service.app import create_app
 from offramp_service.settings import Settings
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_stray_event_loop() -> None:
-    """looptime asks for the current loop before there is one, and asyncio would make it."""
-    asyncio.set_event_loop(None)
-
-
 @pytest.fixture(scope="module")
 def support() -> ModuleType:
     path = Path(__file__).parents[1] / "unit" / "service" / "support.py"

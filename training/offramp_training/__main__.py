@@ -6,9 +6,14 @@ Parses, calls, prints. What a user got wrong ends as one line on stderr and exit
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+# Idle OpenMP threads sleep instead of spinning: on a machine that does anything else beside,
+# spinning makes a step several times slower. Read when torch is loaded, so it comes first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from rich.console import Console
 

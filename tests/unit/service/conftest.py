@@ -1,6 +1,5 @@
 """Fakes for the service: an engine without a model, and a batcher around it."""
 
-import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +12,6 @@ from offramp_service.jobs import Answer, Controls, Engine, Job
 from offramp_service.metrics import Metrics
 
 LAYERS = 4
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _no_stray_event_loop() -> None:
-    """looptime asks for the current loop before pytest-asyncio has made one; with none ever set,
-    asyncio would make one on the spot that nobody closes."""
-    asyncio.set_event_loop(None)
 
 
 def job(number: int, *, tokens: int = 3, threshold: float = 1.0) -> Job:

@@ -62,7 +62,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     dataset = _rows(options)
     report = evaluate_checkpoint(options.checkpoint, dataset, options.policy)
-    print_report(report, Console())
+    print_report(report, _console())
     if options.json:
         write_json(report, options.json)
     if options.plot:
@@ -86,7 +86,7 @@ def _calibrate(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from offramp_training.inspect import inspect_checkpoint
 
-    inspect_checkpoint(options.checkpoint, Console())
+    inspect_checkpoint(options.checkpoint, _console())
 
 
 def _rows(options: argparse.Namespace) -> Dataset:
@@ -102,6 +102,12 @@ def _rows(options: argparse.Namespace) -> Dataset:
         return held_out
     columns = Columns(recipe.data.text, recipe.data.text_pair, recipe.data.label)
     return load_split(options.data, options.split, columns, manifest.model.labels)
+
+
+def _console() -> Console:
+    """As wide as the terminal; a file or a pipe gets room for whole tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def _parser() -> argparse.ArgumentParser:

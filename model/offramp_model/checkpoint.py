@@ -100,8 +100,16 @@ class Checkpoint:
         both = self.manifest.sha256[BACKBONE] + self.manifest.sha256[EXITS]
         return hashlib.sha256(both.encode()).hexdigest()[:12]
 
-    def tokenizer(self) -> TextTokenizer:
-        return TextTokenizer(self.directory / TOKENIZER, self.model.max_length)
+    def tokenizer(self, max_length: int | None = None) -> TextTokenizer:
+        """The tokenizer, for texts of at most `max_length` tokens (default: the model's limit).
+
+        Raises:
+            CheckpointError: `tokenizer.json` is not a tokenizer.
+        """
+        try:
+            return TextTokenizer(self.directory / TOKENIZER, max_length or self.model.max_length)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
 
     def stack(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -109,7 +117,8 @@ class Checkpoint:
         """Read the weights as a `LayerStack`.
 
         Raises:
-            CheckpointError: a tensor is missing or has the wrong shape.
+            CheckpointError: a tensor is missing or has the wrong shape, or the tokenizer and the
+                model do not fit one another.
         """
         heads = ExitHeads(self.model)
         heads.load_state_dict(_read_tensors(self.directory / EXITS))
@@ -120,6 +129,12 @@ class Checkpoint:
                 )
             except (ValueError, SafetensorError) as error:
                 raise CheckpointError(f"{self.directory / BACKBONE}: {error}") from error
+        largest_id = self.tokenizer().largest_id
+        if largest_id >= stack.vocab_size:
+            raise CheckpointError(
+                f"{self.directory / TOKENIZER} gives ids up to {largest_id}, but the backbone has "
+                f"embeddings for {stack.vocab_size} ids only"
+            )
         if stack.max_positions < self.model.max_length:
             raise CheckpointError(
                 f"max_length is {self.model.max_length}, but the backbone has positions for "

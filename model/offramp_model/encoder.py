@@ -244,6 +244,11 @@ class PackedEncoder:
         return self._config.exit_layers
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table: ids are 0 … vocab_size - 1."""
+        return self._embeddings.words.shape[0]
+
+    @property
     def max_positions(self) -> int:
         """Longest text, in tokens with specials, that the position table allows."""
         return self._embeddings.max_positions

@@ -45,7 +45,7 @@ class LayerStack(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Leavers:
-    """Rows that left at one exit, and what remains to be known about that exit.
+    """The rows that left at one exit, maybe none, and how many ran to get there.
 
     `row` int64 [k] indexes the batch as submitted; `label` int64 [k]; `logits` float32 [k, C];
     `signal` [k]. `by_policy` bool [k] is false where the row was forced out by `max_layer` or by
@@ -98,7 +98,7 @@ def layer_loop(
     compact: Compaction = every_exit,
     abandoned: Abandoned | None = None,
 ) -> Iterator[Leavers]:
-    """Run `rows` through `stack`; yield the rows that leave at each exit, as they leave.
+    """Run `rows` through `stack`; at each exit, yield the rows that leave there (maybe none).
 
     Every row is yielded exactly once, except those that `abandoned` gives up. The loop ends as
     soon as nobody is left. `rows` is consumed.
@@ -117,8 +117,7 @@ def layer_loop(
         decision = policy.decide(exit_layer, head, rows)
         leaving = _leaving(decision, rows, exit_layer, is_last=exit_layer == stack.num_layers)
         rows.alive = rows.alive & ~leaving
-        if leavers := _leavers(exit_layer, leaving, head, decision, rows, alive):
-            yield leavers
+        yield _leavers(exit_layer, leaving, head, decision, rows, alive)
 
 
 def _leaving(decision: Decision, rows: ActiveRows, exit_layer: int, *, is_last: bool) -> Tensor:
@@ -135,10 +134,8 @@ def _leavers(
     decision: Decision,
     rows: ActiveRows,
     rows_run: int,
-) -> Leavers | None:
+) -> Leavers:
     index = leaving.nonzero().squeeze(-1)
-    if index.shape[0] == 0:
-        return None
     return Leavers(
         exit_layer=exit_layer,
         row=rows.row[index],

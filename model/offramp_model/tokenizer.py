@@ -49,9 +49,9 @@ class TextTokenizer:
         self._path = path
 
     @property
-    def vocab_size(self) -> int:
-        """Ids are 0 … vocab_size - 1."""
-        return self._whole.get_vocab_size(with_added_tokens=True)
+    def largest_id(self) -> int:
+        """The largest token id it can give; a vocabulary may have gaps below."""
+        return max(self._whole.get_vocab(with_added_tokens=True).values())
 
     def encode(
         self,

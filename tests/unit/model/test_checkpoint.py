@@ -205,6 +205,22 @@ def test_a_wrongly_shaped_encoder_tensor_is_named(tmp_path: Path, write_tiny: An
         load_checkpoint(directory).stack()
 
 
+def test_ids_beyond_the_embeddings_are_refused(tmp_path: Path, write_tiny: Any) -> None:
+    directory = write_tiny(tmp_path / "model")
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["one more"] = 50
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match=r"ids up to 50, but .* for 50 ids only"):
+        load_checkpoint(directory).stack()
+
+
+def test_a_broken_tokenizer_is_refused(tmp_path: Path, write_tiny: Any) -> None:
+    directory = write_tiny(tmp_path / "model")
+    (directory / "tokenizer.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="is not a tokenizer"):
+        load_checkpoint(directory).tokenizer()
+
+
 def test_more_tokens_than_positions_are_refused(tmp_path: Path, write_tiny: Any) -> None:
     directory = write_tiny(tmp_path / "model")
     model = json.loads((directory / "offramp.json").read_text())["model"]

@@ -235,10 +235,12 @@ def test_the_loop_stops_when_nobody_is_left(stack: PackedEncoder) -> None:
     encodings = [Encoding([5, 6], [0, 0])] * 3
     settings = RowSettings.uniform(3, 2.0, max_layer=4)
     rows = start_rows(stack, TokenBatch.pack(encodings), policy, settings)
-    left = list(layer_loop(stack, rows, policy, compact=every_exit))
-    assert [leavers.exit_layer for leavers in left] == [2]
-    assert left[0].by_policy.all()
-    assert left[0].rows_run == 3
+    passed = list(layer_loop(stack, rows, policy, compact=every_exit))
+    assert [(leavers.exit_layer, len(leavers.row), leavers.rows_run) for leavers in passed] == [
+        (1, 0, 3),
+        (2, 3, 3),
+    ]
+    assert passed[1].by_policy.all()
 
 
 def test_forced_rows_are_told_apart(stack: PackedEncoder) -> None:
@@ -248,9 +250,10 @@ def test_forced_rows_are_told_apart(stack: PackedEncoder) -> None:
         torch.zeros(2, dtype=torch.float64), torch.tensor([1, 1]), torch.tensor([2, 4])
     )
     rows = start_rows(stack, TokenBatch.pack(encodings), policy, settings)
-    left = list(layer_loop(stack, rows, policy))
-    assert [leavers.exit_layer for leavers in left] == [2, 4]
-    assert not any(leavers.by_policy.any() for leavers in left)
+    passed = list(layer_loop(stack, rows, policy))
+    assert [leavers.row.tolist() for leavers in passed] == [[], [0], [], [1]]
+    assert [leavers.rows_run for leavers in passed] == [2, 2, 1, 1]
+    assert not any(leavers.by_policy.any() for leavers in passed)
 
 
 def test_an_empty_head_output_is_an_empty_decision() -> None:

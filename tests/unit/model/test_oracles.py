@@ -56,7 +56,7 @@ def vote(labels: list[int], tau: float, exponent: float, min_layer: int, fallbac
     policy = VotePolicy(exponent=exponent, fallback=fallback)
     settings = RowSettings.uniform(1, tau, min_layer=min_layer, max_layer=len(labels))
     rows = start_rows(stack, stack.batch(), policy, settings)
-    (leavers,) = layer_loop(stack, rows, policy)
+    (leavers,) = (one for one in layer_loop(stack, rows, policy) if len(one.row))
     return leavers
 
 

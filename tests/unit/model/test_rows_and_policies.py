@@ -229,5 +229,5 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
         TextTokenizer(tmp_path / "tokenizer.json", 8)
 
 
-def test_the_vocabulary_has_a_size(tokenizer: TextTokenizer) -> None:
-    assert tokenizer.vocab_size == 50
+def test_the_vocabulary_has_an_end(tokenizer: TextTokenizer) -> None:
+    assert tokenizer.largest_id == 49

@@ -9,7 +9,6 @@ before exit e exactly when the most favourable signal it has shown by then passe
 exit therefore gives the speed-up of *every* threshold at which anything changes.
 """
 
-import math
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from offramp_model.policies import Direction, ExitPolicy, never
+from offramp_model.policies import Direction, ExitPolicy, make_policy, never
 from offramp_model.recorded import RecordedExits, RecordedStack
 from offramp_model.rows import ActiveRows, RowSettings
 from offramp_model.speed import count_exits, mean_exit_layer, speedup_ratio
@@ -80,11 +79,17 @@ class CalibrationTable(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        policy = make_policy(self.policy)
         speedups = [point.speedup for point in self.points]
         if speedups[0] != 1.0 or speedups != sorted(speedups):
             raise ValueError(f"{self.policy}: speed-ups must ascend from 1.0, got {speedups[:3]}…")
-        steps = np.diff([point.threshold for point in self.points[1:]])
-        if (steps > 0).any() and (steps < 0).any():
+        if self.points[0].threshold != never(policy):
+            raise ValueError(
+                f"{self.policy}: the first threshold must be {never(policy)}, which never leaves "
+                f"early, got {self.points[0].threshold}"
+            )
+        thresholds = [point.threshold for point in self.points]
+        if thresholds != sorted(thresholds, reverse=policy.direction != "below"):
             raise ValueError(f"{self.policy}: thresholds must be monotone in the speed-up")
         if any(sum(point.exit_counts) != self.rows for point in self.points):
             raise ValueError(f"{self.policy}: exit counts must add up to the {self.rows} rows")
@@ -240,7 +245,7 @@ def measure_point(
     threshold: float, exit_layer: Tensor, predicted: Tensor, labels: Tensor, num_layers: int
 ) -> CurvePoint:
     """Summarise where rows left and what they said; all tensors int64 [N]."""
-    counts = count_exits(exit_layer.tolist(), num_layers)
+    counts = tuple(torch.bincount(exit_layer, minlength=num_layers + 1)[1:].tolist())
     return CurvePoint(
         threshold=threshold,
         speedup=speedup_ratio(counts),
@@ -253,11 +258,14 @@ def measure_point(
 
 def macro_f1(predicted: Tensor, labels: Tensor) -> float:
     """Unweighted mean of the F1 of every class that occurs among labels or predictions."""
-    scores = []
-    for label in sorted({*predicted.tolist(), *labels.tolist()}):
-        hits = int(((predicted == label) & (labels == label)).sum())
-        scores.append(2 * hits / int((predicted == label).sum() + (labels == label).sum()))
-    return math.fsum(scores) / len(scores)
+    classes = int(torch.cat([predicted, labels]).max()) + 1
+
+    def count(of: Tensor) -> Tensor:
+        return torch.bincount(of, minlength=classes).double()
+
+    occurrences = count(predicted) + count(labels)
+    hits = count(labels[predicted == labels])
+    return float((2 * hits / occurrences)[occurrences > 0].mean())
 
 
 def layer_accuracies(recorded: RecordedExits, labels: Tensor) -> list[float]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from offramp_model.calibration import CalibrationTable
 from offramp_model.config import MultiExitConfig
-from offramp_model.encoder import PackedEncoder
+from offramp_model.encoder import PackedEncoder, check_backbone
 from offramp_model.heads import ExitHeads
 from offramp_model.policies import POLICIES
 from offramp_model.tokenizer import TextTokenizer
@@ -178,6 +178,10 @@ def load_checkpoint(directory: Path | str) -> Checkpoint:
         _check_hash(directory / name, manifest.sha256.get(name))
     _check_heads(directory / EXITS, manifest.model)
     backbone = _read_json(directory / CONFIG)
+    try:
+        check_backbone(backbone, manifest.model)
+    except ValueError as error:
+        raise CheckpointError(f"{directory / CONFIG}: {error}") from error
     return Checkpoint(directory, manifest, backbone)
 
 
@@ -272,6 +276,12 @@ def _read_manifest(path: Path) -> Manifest:
         raise CheckpointError(
             f"{path}: unknown exit_policy {manifest.exit_policy!r}; known: {', '.join(POLICIES)}"
         )
+    for table in manifest.calibration:
+        if any(len(point.exit_counts) != manifest.model.num_layers for point in table.points):
+            raise CheckpointError(
+                f"{path}: the calibration of {table.policy} is not of a model with "
+                f"{manifest.model.num_layers} layers"
+            )
     return manifest
 
 

@@ -131,9 +131,11 @@ class _Reader:
     ) -> None:
         self._source, self._family, self._backbone = source, family, backbone
         self._device, self._dtype = device, dtype
-        self._width, self._inner = int(backbone[family.width_key]), int(backbone[family.ffn_key])
-        eps_key = family.norm_eps_key
-        self._eps = float(backbone[eps_key]) if eps_key else 1e-12
+        self._width = _size(backbone, family.width_key)
+        self._inner = _size(backbone, family.ffn_key)
+        self._heads = _size(backbone, family.heads_key)
+        self._activation = _activation(backbone, family)
+        self._eps = _norm_eps(backbone, family)
 
     def tensor(self, name: str, *shape: int | None) -> Tensor:
         """One tensor; None in `shape` stands for any size."""
@@ -161,11 +163,6 @@ class _Reader:
     def layer(self, layer_index: int) -> _Layer:
         prefix = self._family.layer_prefix.format(layer_index)
         names, width, inner = self._family.layer, self._width, self._inner
-        activation = str(self._backbone[self._family.activation_key])
-        if activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"activation {activation!r} is not supported; known: {sorted(_ACTIVATIONS)}"
-            )
         qkv = [prefix + name for name in (names.query, names.key, names.value)]
         return _Layer(
             qkv=self.linear(*qkv, inputs=width, outputs=width),
@@ -174,8 +171,8 @@ class _Reader:
             ffn_in=self.linear(prefix + names.ffn_in, inputs=width, outputs=inner),
             ffn_out=self.linear(prefix + names.ffn_out, inputs=inner, outputs=width),
             ffn_norm=self.norm(prefix + names.ffn_norm, width),
-            num_heads=int(self._backbone[self._family.heads_key]),
-            activation=_ACTIVATIONS[activation],
+            num_heads=self._heads,
+            activation=self._activation,
         )
 
     def embeddings(self) -> _Embeddings:
@@ -223,8 +220,8 @@ class PackedEncoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        check_backbone(backbone, config)
         family = family_of(backbone)
-        _check_agreement(backbone, family, config)
         reader = _Reader(source, family, backbone, device, dtype)
         self._config = config
         self._heads = heads.to(device).float().eval().requires_grad_(False)
@@ -277,14 +274,56 @@ class PackedEncoder:
         return HeadOutput(self._heads(self._config.exit_index(exit_layer), pooled))
 
 
-def _check_agreement(backbone: dict[str, Any], family: Family, config: MultiExitConfig) -> None:
-    """The backbone's depth and width must be those that the exits were made for."""
+def check_backbone(backbone: dict[str, Any], config: MultiExitConfig) -> None:
+    """Check a backbone's `config.json` without its weights: can this encoder run it?
+
+    Raises:
+        ValueError: the architecture or a setting of it is not supported, a size is missing, or
+            depth or width are not those that the exits were made for.
+    """
+    family = family_of(backbone)
     for what, key, expected in (
         ("layers", family.layers_key, config.num_layers),
         ("hidden size", family.width_key, config.hidden_size),
     ):
-        if backbone.get(key) != expected:
+        if _size(backbone, key) != expected:
             raise ValueError(
-                f"the backbone's config.json says {key} = {backbone.get(key)}, "
+                f"the backbone's config.json says {key} = {backbone[key]}, "
                 f"but the exits were made for {what} = {expected}"
             )
+    heads = _size(backbone, family.heads_key)
+    if config.hidden_size % heads:
+        raise ValueError(
+            f"{family.heads_key} = {heads} does not divide {family.width_key} = "
+            f"{config.hidden_size}"
+        )
+    _size(backbone, family.ffn_key)
+    _activation(backbone, family)
+    _norm_eps(backbone, family)
+
+
+def _size(backbone: dict[str, Any], key: str) -> int:
+    value = backbone.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"config.json: {key} is {value!r}, allowed is a positive whole number")
+    return value
+
+
+def _norm_eps(backbone: dict[str, Any], family: Family) -> float:
+    if family.norm_eps_key is None:
+        return 1e-12
+    value = backbone.get(family.norm_eps_key)
+    if not isinstance(value, float | int) or not 0 < value < 1:
+        raise ValueError(
+            f"config.json: {family.norm_eps_key} is {value!r}, allowed is a number above 0"
+        )
+    return float(value)
+
+
+def _activation(backbone: dict[str, Any], family: Family) -> Callable[[Tensor], Tensor]:
+    name = backbone.get(family.activation_key)
+    if name not in _ACTIVATIONS:
+        raise ValueError(
+            f"config.json: {family.activation_key} is {name!r}, supported: {sorted(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[name]

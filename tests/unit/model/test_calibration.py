@@ -109,6 +109,17 @@ def test_a_bent_table_is_refused() -> None:
         CalibrationTable(**(table.model_dump() | {"points": points}))
     with pytest.raises(ValueError, match=r"must ascend from 1\.0"):
         CalibrationTable(**(table.model_dump() | {"points": table.points[1:]}))
+    backwards = [
+        points[0],
+        *(point.model_copy(update={"threshold": -point.threshold}) for point in table.points[1:]),
+    ]
+    with pytest.raises(ValueError, match="thresholds must be monotone"):
+        CalibrationTable(**(table.model_dump() | {"points": backwards}))
+    eager = [points[0].model_copy(update={"threshold": 0.0}), *table.points[1:]]
+    with pytest.raises(ValueError, match="the first threshold must be -inf"):
+        CalibrationTable(**(table.model_dump() | {"points": eager}))
+    with pytest.raises(ValueError, match="unknown exit policy 'hope'"):
+        CalibrationTable(**(table.model_dump() | {"policy": "hope"}))
     with pytest.raises(ValueError, match="must add up to the 61 rows"):
         CalibrationTable(**(table.model_dump() | {"rows": 61}))
 

@@ -205,6 +205,36 @@ def test_a_wrongly_shaped_encoder_tensor_is_named(tmp_path: Path, write_tiny: An
         load_checkpoint(directory).stack()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 7}, "num_hidden_layers = 7, but the exits were made for"),
+        ({"layer_norm_eps": None}, "layer_norm_eps is None"),
+        ({"num_attention_heads": None}, "num_attention_heads is None"),
+        ({"num_attention_heads": 3}, "num_attention_heads = 3 does not divide hidden_size = 16"),
+        ({"intermediate_size": True}, "intermediate_size is True"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu', supported: "),
+        ({"is_decoder": True}, "only encoders can be run"),
+    ],
+)
+def test_a_backbone_that_cannot_be_run_is_refused(
+    tmp_path: Path, write_tiny: Any, changes: dict[str, Any], message: str
+) -> None:
+    path = write_tiny(tmp_path / "model") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path.parent)
+
+
+def test_tables_of_another_depth_are_refused(tmp_path: Path, write_tiny: Any) -> None:
+    directory = write_tiny(tmp_path / "model")
+    point = table().points[0].model_copy(update={"exit_counts": (0, 2)})
+    other = table().model_copy(update={"points": (point,)})
+    edit_manifest(directory, calibration=[json.loads(other.model_dump_json())])
+    with pytest.raises(CheckpointError, match="not of a model with 4 layers"):
+        load_checkpoint(directory)
+
+
 def test_ids_beyond_the_embeddings_are_refused(tmp_path: Path, write_tiny: Any) -> None:
     directory = write_tiny(tmp_path / "model")
     tokenizer = json.loads((directory / "tokenizer.json").read_text())

@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 3000
 QUICKSTART ?= checkpoints/quickstart
+# Not shipped (no licence to redistribute): a directory with SST-2 as JSON lines.
+SST2_DATA ?= data/sst2
 SST2 ?= checkpoints/sst2-joint
-SST2_DATA ?= ../shared/data/sst2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -70,9 +71,10 @@ results-sst2: $(INSTALLED) ## train joint on SST-2 and write docs/results/sst2-j
 
 bench-engine: $(INSTALLED) ## rows per second: engine at several speed-ups against transformers
 	$(BIN)/python model/bench/bench_engine.py $(SST2) --data $(SST2_DATA) --json docs/results/engine.json
+	$(BIN)/python model/bench/bench_layouts.py $(SST2) --data $(SST2_DATA) --json docs/results/layouts.json
 
 bench-kernels: $(INSTALLED) ## compaction kernels: time and bytes
-	$(BIN)/python kernels/bench/bench_kernels.py --json docs/results/kernels.json
+	$(BIN)/python kernels/bench/bench_kernels.py --out docs/results/kernels.json
 
 bench-service: $(INSTALLED) ## 200 concurrent clients against the quickstart server
 	$(BIN)/python service/bench/bench_service.py $(QUICKSTART) --data training/data/snips --json docs/results/service.json

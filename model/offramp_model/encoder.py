@@ -256,11 +256,6 @@ class PackedEncoder:
         return PackedTokens(self._embeddings(batch), batch.cu_seqlens)
 
     @torch.inference_mode()
-    def layer(self, layer_index: int, hidden: PackedTokens) -> PackedTokens:
-        """Run one layer, 0-based."""
-        return self._layers[layer_index](hidden)
-
-    @torch.inference_mode()
     def segment(self, exit_layer: int, hidden: PackedTokens) -> PackedTokens:
         index = self._config.exit_index(exit_layer)
         first = self._config.exit_layers[index - 1] if index else 0

@@ -1,0 +1,63 @@
+"""The layer loop on a CUDA device against the CPU: same exits, same labels."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from offramp_model.encoder import PackedEncoder
+from offramp_model.layer_loop import layer_loop, start_rows
+from offramp_model.policies import POLICIES, make_policy
+from offramp_model.rows import Encoding, RowSettings, TokenBatch
+
+pytestmark = pytest.mark.gpu
+
+
+def tiny() -> ModuleType:
+    """The tiny random encoder of the model's unit tests."""
+    path = Path(__file__).parents[1] / "unit" / "model" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("model_fixtures", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def answers(device: str, policy_name: str, threshold: float) -> list[tuple[int, int]]:
+    fixtures: Any = tiny()
+    config = fixtures.tiny_config()
+    stack = PackedEncoder(
+        fixtures.BACKBONE,
+        fixtures.bert_tensors().__getitem__,
+        fixtures.spread_heads(config),
+        config,
+        device=device,
+    )
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 20, (40,), generator=generator).tolist()
+    encodings = [
+        Encoding(torch.randint(1, 49, (length,), generator=generator).tolist(), [0] * length)
+        for length in lengths
+    ]
+    policy = make_policy(policy_name)
+    rows = start_rows(
+        stack,
+        TokenBatch.pack(encodings, device),
+        policy,
+        RowSettings.uniform(len(encodings), threshold, max_layer=stack.num_layers),
+    )
+    found = [(0, 0)] * len(encodings)
+    for leavers in layer_loop(stack, rows, policy):
+        for row, label in zip(leavers.row.tolist(), leavers.label.tolist(), strict=True):
+            found[row] = (leavers.exit_layer, label)
+    return found
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_device_leaves_where_the_cpu_leaves(name: str) -> None:
+    threshold = {"fixed_layer": 2.0, "patience": 1.0, "vote": 1.2, "energy": 0.1}.get(name, 0.6)
+    assert answers("cuda", name, threshold) == answers("cpu", name, threshold)

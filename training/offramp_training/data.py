@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +21,7 @@ from typing import Any
 from offramp_training.errors import DataError
 
 SPLITS = ("train", "validation", "test")
+JSON_LINES, CSV, PARQUET = (".jsonl", ".jsonl.gz"), ".csv", ".parquet"
 # One file has no splits of its own: a fixed seed, so that `evaluate` finds the rows `fit` left out.
 FILE_SPLIT_SEED = 20_240_229
 FILE_SPLIT_SHARE = 0.1  # validation and test, each
@@ -95,21 +97,31 @@ class RawRow:
 
 
 def load_splits(
-    source: str, columns: Columns | None = None, label_names: Sequence[str] | None = None
+    source: str,
+    columns: Columns | None = None,
+    label_names: Sequence[str] | None = None,
+    splits: Sequence[str] | None = None,
 ) -> dict[str, Dataset]:
-    """Every split of a data source by name.
+    """Every split of a data source by name, or those of `splits` that there are.
 
+    A split that was not asked for is not looked at: a public test split often has no labels.
     `label_names` are those of a checkpoint, when there is one: the data must then use them.
     """
     columns = columns or Columns()
-    raw, declared = _read_source(source)
-    names = _label_names(raw, columns, declared, label_names)
-    splits = {
+    there, declared = _read_source(source, columns)
+    raw = {name: list(rows) for name, rows in there.items() if splits is None or name in splits}
+    if not raw:
+        wanted = " or ".join(map(repr, splits or ()))
+        raise DataError(f"{source}: no split {wanted}; it has: {', '.join(there)}")
+    names = _label_names(source, raw, columns, declared, label_names)
+    if len(names) < 2:
+        raise DataError(f"{source}: {names[0]!r} is the only label; two or more are needed")
+    checked = {
         split: Dataset(split, tuple(_check_rows(rows, columns, names)), names)
         for split, rows in raw.items()
     }
-    _check_pairs(splits, raw)
-    return splits
+    _check_pairs(checked, raw)
+    return checked
 
 
 def load_split(
@@ -119,10 +131,7 @@ def load_split(
     label_names: Sequence[str] | None = None,
 ) -> Dataset:
     """One split of a data source."""
-    splits = load_splits(source, columns, label_names)
-    if split not in splits:
-        raise DataError(f"{source}: no split {split!r}; it has: {', '.join(splits)}")
-    return splits[split]
+    return load_splits(source, columns, label_names, (split,))[split]
 
 
 def hold_out(train: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -132,7 +141,7 @@ def hold_out(train: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
     disguise, and thresholds tuned on it would be too bold.
     """
     counts: dict[str, int] = {}
-    keys = [_folded(row) for row in train.rows]
+    keys = [_folded(row.text, row.text_pair) for row in train.rows]
     for key in keys:
         counts[key] = counts.get(key, 0) + 1
     single = [place for place, key in enumerate(keys) if counts[key] == 1]
@@ -161,38 +170,40 @@ def sample(train: Dataset, count: int | None, seed: int) -> Dataset:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def _read_source(source: str) -> tuple[dict[str, list[RawRow]], tuple[str, ...] | None]:
-    """Rows by split, and the label names the source declares, if it does."""
+Splits = dict[str, Iterable[RawRow]]  # read only when iterated
+Declared = tuple[str, ...] | None  # the label names that a source states, if it does
+
+
+def _read_source(source: str, columns: Columns) -> tuple[Splits, Declared]:
     path = Path(source)
     if path.is_dir():
         return _read_directory(path)
     if path.is_file():
-        return _split_file(list(_read_file(path))), None
-    if path.suffix or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        return _split_file(path, list(_read_file(path)), columns), None
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if is_path or source.lower().endswith((*JSON_LINES, CSV, PARQUET)):
         raise DataError(
             f"{source}: no such file or directory; allowed: a directory of "
             "train/validation/test.jsonl[.gz], a .jsonl[.gz], .csv or .parquet file, a hub name"
         )
-    return _read_hub(source)
+    return _read_hub(source, columns)
 
 
-def _read_directory(
-    directory: Path,
-) -> tuple[dict[str, list[RawRow]], tuple[str, ...] | None]:
-    raw: dict[str, list[RawRow]] = {}
+def _read_directory(directory: Path) -> tuple[Splits, Declared]:
+    raw: Splits = {}
     for split in SPLITS:
-        found = [directory / f"{split}{end}" for end in (".jsonl", ".jsonl.gz")]
+        found = [directory / f"{split}{end}" for end in JSON_LINES]
         found = [path for path in found if path.is_file()]
         if len(found) > 1:
             raise DataError(f"{directory}: both {found[0].name} and {found[1].name}; keep one")
         if found:
-            raw[split] = list(_read_file(found[0]))
+            raw[split] = _read_file(found[0])
     if not raw:
         raise DataError(f"{directory}: none of train, validation, test as .jsonl or .jsonl.gz")
     return raw, _declared_labels(directory / "dataset_info.json")
 
 
-def _declared_labels(path: Path) -> tuple[str, ...] | None:
+def _declared_labels(path: Path) -> Declared:
     if not path.is_file():
         return None
     try:
@@ -210,47 +221,55 @@ def _declared_labels(path: Path) -> tuple[str, ...] | None:
 
 def _read_file(path: Path) -> Iterator[RawRow]:
     name = path.name.lower()
-    if name.endswith((".jsonl", ".jsonl.gz")):
+    if name.endswith(JSON_LINES):
         return _read_json_lines(path)
-    if name.endswith(".csv"):
+    if name.endswith(CSV):
         return _read_csv(path)
-    if name.endswith(".parquet"):
+    if name.endswith(PARQUET):
         return _read_parquet(path)
     raise DataError(f"{path}: unknown kind of file; allowed: .jsonl, .jsonl.gz, .csv, .parquet")
 
 
-def _read_json_lines(path: Path) -> Iterator[RawRow]:
-    opener = gzip.open if path.name.endswith(".gz") else open
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, compressed or not, each with its end."""
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                yield RawRow(f"{path}:{number}", _json_object(f"{path}:{number}", line))
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 text: {error}") from None
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number}: not UTF-8: {error.reason}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not readable after line {number}: {error}") from None
+
+
+def _read_json_lines(path: Path) -> Iterator[RawRow]:
+    for number, line in enumerate(_lines(path), start=1):
+        yield RawRow(f"{path}:{number}", _json_object(f"{path}:{number}", line))
 
 
 def _json_object(place: str, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON: {getattr(error, 'msg', error)}") from None
     if not isinstance(value, dict):
         raise DataError(f"{place}: a JSON object is needed, got {type(value).__name__}")
     return value
 
 
 def _read_csv(path: Path) -> Iterator[RawRow]:
+    reader = csv.DictReader(_lines(path), strict=True)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            for values in reader:
-                place = f"{path}:{reader.line_num}"
-                if None in values:
-                    raise DataError(f"{place}: more fields than the header has columns")
-                # CSV cannot tell a missing value from an empty one: both are missing.
-                yield RawRow(place, {key: value or None for key, value in values.items()})
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 CSV: {error}") from None
+        for values in reader:
+            place = f"{path}:{reader.line_num}"
+            if None in values:
+                raise DataError(f"{place}: more fields than the header has columns")
+            # CSV cannot tell a missing value from an empty one: both are missing.
+            yield RawRow(place, {key: value or None for key, value in values.items()})
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.reader.line_num}: not CSV: {error}") from None
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:
@@ -258,14 +277,14 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
     import pyarrow.parquet as parquet
 
     try:
-        table = parquet.read_table(path)
-    except arrow.ArrowException as error:
+        rows = parquet.read_table(path).to_pylist()
+    except (arrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as Parquet: {error}") from None
-    for number, values in enumerate(table.to_pylist(), start=1):
+    for number, values in enumerate(rows, start=1):
         yield RawRow(f"{path}: row {number}", values)
 
 
-def _read_hub(name: str) -> tuple[dict[str, list[RawRow]], tuple[str, ...] | None]:
+def _read_hub(name: str, columns: Columns) -> tuple[Splits, Declared]:
     import datasets  # heavy, and only for hub names
 
     try:
@@ -275,39 +294,46 @@ def _read_hub(name: str) -> tuple[dict[str, list[RawRow]], tuple[str, ...] | Non
             f"{name}: no such path here, and the hub did not give it: {error}"
         ) from None
     declared = None
-    raw = {}
-    for split, rows in loaded.items():
-        feature = rows.features.get("label")
-        declared = declared or tuple(getattr(feature, "names", None) or ()) or None
-        raw[str(split)] = [
-            RawRow(f"{name} {split}: row {number}", dict(values))
-            for number, values in enumerate(rows, start=1)
-        ]
-    return raw, declared
+    for rows in loaded.values():
+        names = getattr(rows.features.get(columns.label), "names", None)
+        declared = declared or tuple(names or ()) or None
+    return {str(split): _hub_rows(name, split, rows) for split, rows in loaded.items()}, declared
 
 
-def _split_file(rows: list[RawRow]) -> dict[str, list[RawRow]]:
-    """One file as train, validation and test, always the same way."""
+def _hub_rows(name: str, split: str, rows: Iterable[Any]) -> Iterator[RawRow]:
+    for number, values in enumerate(rows, start=1):
+        yield RawRow(f"{name} {split}: row {number}", dict(values))
+
+
+def _split_file(path: Path, rows: list[RawRow], columns: Columns) -> Splits:
+    """One file as train, validation and test, always the same way; a text is in one of them only.
+
+    Rows of one text stay together: in train, where there is no room for them in another split.
+    """
     if len(rows) < 10:
-        raise DataError(f"a single file needs 10 rows or more to be split, got {len(rows)}")
-    order = list(range(len(rows)))
-    random.Random(FILE_SPLIT_SEED).shuffle(order)
+        raise DataError(f"{path}: a single file needs 10 rows or more to be split, got {len(rows)}")
+    together: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        text, pair = row.values.get(columns.text), row.values.get(columns.text_pair)
+        together.setdefault(_folded(str(text), pair and str(pair)), []).append(place)
+    groups = list(together.values())
+    random.Random(FILE_SPLIT_SEED).shuffle(groups)
     part = max(1, int(len(rows) * FILE_SPLIT_SHARE))
-    places = {
-        "train": sorted(order[2 * part :]),
-        "validation": sorted(order[:part]),
-        "test": sorted(order[part : 2 * part]),
-    }
-    return {split: [rows[place] for place in chosen] for split, chosen in places.items()}
+    places: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    for group in groups:
+        small = (name for name in SPLITS[1:] if len(places[name]) + len(group) <= part)
+        places[next(small, "train")] += group
+    return {split: [rows[place] for place in sorted(chosen)] for split, chosen in places.items()}
 
 
 # ---- checking ------------------------------------------------------------------------------------
 
 
 def _label_names(
+    source: str,
     raw: dict[str, list[RawRow]],
     columns: Columns,
-    declared: tuple[str, ...] | None,
+    declared: Declared,
     wanted: Sequence[str] | None,
 ) -> tuple[str, ...]:
     """Declared names, else the text labels sorted, else "0", "1", ... up to the largest."""
@@ -322,10 +348,19 @@ def _label_names(
         return tuple(wanted)
     values = [row.values.get(columns.label) for rows in raw.values() for row in rows]
     texts = {value for value in values if isinstance(value, str)}
-    if texts and not all(text.isdecimal() for text in texts):
+    if texts and not all(map(_is_number, texts)):
         return tuple(sorted(texts))
-    numbers = [int(value) for value in values if isinstance(value, (int, str))]
-    return tuple(str(number) for number in range(max([1, *numbers]) + 1))
+    largest = max((int(value) for value in values if isinstance(value, (int, str))), default=1)
+    if largest > len(values):
+        raise DataError(
+            f"{source}: the largest label is {largest}, for {len(values)} rows; allowed: numbers "
+            "from 0 on, or names (label_names in dataset_info.json)"
+        )
+    return tuple(str(number) for number in range(max(1, largest) + 1))
+
+
+def _is_number(label: str) -> bool:
+    return label.isdecimal() and len(label) < 19  # longer ones, int() may refuse
 
 
 def _check_rows(rows: list[RawRow], columns: Columns, names: tuple[str, ...]) -> Iterator[Row]:
@@ -349,6 +384,17 @@ def _text(row: RawRow, column: str) -> str:
         raise DataError(f"{row.place}: {column!r} must be text, got {type(value).__name__}")
     if not value.strip():
         raise DataError(f"{row.place}: {column!r} is empty")
+    return _encodable(row, column, value)
+
+
+def _encodable(row: RawRow, column: str, value: str) -> str:
+    """JSON can spell half a surrogate pair, which no tokenizer and no file takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{row.place}: {column!r} is not Unicode at character {error.start + 1}: {error.reason}"
+        ) from None
     return value
 
 
@@ -358,9 +404,9 @@ def _label(row: RawRow, column: str, names: tuple[str, ...], by_name: dict[str, 
         have = ", ".join(str(key) for key in row.values)
         raise DataError(f"{row.place}: no {column!r}; the row has: {have}")
     if isinstance(value, str):
-        if value in by_name:
+        if _encodable(row, column, value) in by_name:
             return by_name[value]
-        if not value.isdecimal():
+        if not _is_number(value):
             raise DataError(
                 f"{row.place}: {column!r} = {value!r} is not a label; known: {_some(names)}"
             )
@@ -390,9 +436,8 @@ def _some(names: Sequence[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _folded(row: Row) -> str:
-    texts = (row.text, row.text_pair or "")
-    return "\x00".join(" ".join(text.casefold().split()) for text in texts)
+def _folded(text: str, pair: str | None) -> str:
+    return "\x00".join(" ".join(one.casefold().split()) for one in (text, pair or ""))
 
 
 def _digest(row: Row, label_names: Sequence[str]) -> str:

@@ -3,7 +3,11 @@
 import csv
 import gzip
 import json
+import re
+import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,6 +42,10 @@ def directory_with(tmp_path: Path, *lines: str, names: list[str] | None = None) 
         ('{"text": "x", "label": "meh"}', "'meh' is not a label; known: down, up"),
         ('{"text": "x", "text_pair": "y", "label": 1}', "earlier rows have one text"),
         ('{"text": "x", "text_pair": "", "label": 1}', "'text_pair' is empty"),
+        (r'{"text": "half \ud800", "label": 1}', "'text' is not Unicode at character 6"),
+        (r'{"text": "x", "label": "\udfff"}', "'label' is not Unicode at character 1"),
+        (f'{{"text": "x", "label": {"9" * 5000}}}', "not JSON: Exceeds the limit"),
+        (f'{{"text": "x", "label": "{"9" * 5000}"}}', "is not a label"),
     ],
 )
 def test_a_bad_row_is_refused_with_file_and_line(tmp_path: Path, bad: str, what: str) -> None:
@@ -133,11 +141,36 @@ def test_one_file_is_split_the_same_way_every_time(tmp_path: Path) -> None:
     assert len(set(texts)) == 40
 
 
-def test_a_csv_error_names_the_line(tmp_path: Path) -> None:
+def test_one_file_never_puts_a_text_into_two_splits(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i % 25}" + " " * (i % 2), "label": i % 3} for i in range(100)]
+    rows += [{"text": f"Once {i}", "label": i % 3} for i in range(60)]
+    splits = load_splits(str(write_csv(tmp_path / "rows.csv", rows)))
+    assert {name: len(split) for name, split in splits.items()} == {
+        "train": 128,
+        "validation": 16,
+        "test": 16,
+    }
+    seen = {
+        name: {" ".join(row.text.casefold().split()) for row in split.rows}
+        for name, split in splits.items()
+    }
+    assert sum(Counter(name for texts in seen.values() for name in texts).values()) == 85
+
+
+def test_csv_errors_name_the_line(tmp_path: Path) -> None:
     rows = [{"text": f"row {i}", "label": 0} for i in range(12)]
     rows[5]["label"] = ""
     with pytest.raises(DataError, match=r"rows\.csv:7: no 'label'"):
         load_splits(str(write_csv(tmp_path / "rows.csv", rows)))
+    (tmp_path / "rows.csv").write_text('text,label\na,0\n"b"x,1\nc,0\n')
+    with pytest.raises(DataError, match=r"rows\.csv:3: not CSV"):
+        load_splits(str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.csv").write_bytes(b"text,label\na,0\nb,1\n\xff,1\n")
+    with pytest.raises(DataError, match=r"rows\.csv:4: not UTF-8"):
+        load_splits(str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.csv").write_text("text,label\na,0\nb,1\n")
+    with pytest.raises(DataError, match=r"rows\.csv: a single file needs 10 rows"):
+        load_splits(str(tmp_path / "rows.csv"))
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
@@ -153,7 +186,90 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         load_split(str(source), "test")
 
 
-def test_damaged_gzip_is_a_data_error(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl.gz").write_bytes(b"not gzip at all")
-    with pytest.raises(DataError, match=r"train\.jsonl\.gz"):
+@pytest.mark.parametrize("damage", ["no gzip", "cut", "flipped"])
+def test_damaged_gzip_is_a_data_error(tmp_path: Path, damage: str) -> None:
+    lines = "".join(json.dumps({"text": f"{i * i}", "label": i % 2}) + "\n" for i in range(5000))
+    good = gzip.compress(lines.encode())
+    half = len(good) // 2
+    flipped = good[:half] + bytes(255 - byte for byte in good[half : half + 40]) + good[half + 40 :]
+    bad = {"no gzip": b"not gzip at all", "cut": good[:half], "flipped": flipped}[damage]
+    (tmp_path / "train.jsonl.gz").write_bytes(bad)
+    what = "train.jsonl.gz:" if damage == "flipped" else "train.jsonl.gz: not readable after line"
+    with pytest.raises(DataError, match=re.escape(what)):
         load_splits(str(tmp_path))
+
+
+def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path: Path) -> None:
+    good = json.dumps(GOOD).encode() + b"\n"
+    (tmp_path / "train.jsonl").write_bytes(good * 20_000 + b'{"text": "\xe9", "label": 0}\n')
+    with pytest.raises(DataError, match=r"train\.jsonl:20001: not UTF-8"):
+        load_splits(str(tmp_path))
+
+
+def test_damaged_parquet_is_a_data_error(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "rows.parquet"
+    rows = [{"text": f"a longer text, number {i}", "label": i % 2} for i in range(500)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    whole = path.read_bytes()
+    for bad in (b"PAR1", whole[: len(whole) // 2], whole[:4] + b"\xff" * 400 + whole[404:]):
+        path.write_bytes(bad)
+        with pytest.raises(DataError, match=r"rows\.parquet: not readable as Parquet"):
+            load_splits(str(path))
+
+
+def test_labels_that_cannot_be_learnt_are_refused(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"t{i}", "label": "spam"}) for i in range(4)]
+    with pytest.raises(DataError, match="'spam' is the only label; two or more are needed"):
+        load_splits(str(directory_with(tmp_path, *lines)))
+    lines[2] = json.dumps({"text": "t", "label": 10**12})
+    lines = [line.replace('"spam"', "0") for line in lines]
+    with pytest.raises(DataError, match=r"largest label is 1000000000000, for 4 rows; .*label_nam"):
+        load_splits(str(directory_with(tmp_path, *lines)))
+
+
+def test_only_the_splits_asked_for_are_looked_at(tmp_path: Path) -> None:
+    source = str(directory_with(tmp_path, json.dumps(GOOD), json.dumps({"text": "x", "label": 1})))
+    (tmp_path / "test.jsonl").write_text('{"text": "nobody labelled this", "label": -1}\n')
+    assert load_splits(source, splits=("train", "validation")).keys() == {"train"}
+    assert len(load_split(source, "train")) == 2
+    with pytest.raises(DataError, match=r"test\.jsonl:1: 'label' = -1 is out of range"):
+        load_splits(source)
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, column: str, names: list[str] | None) -> None:
+    """A hub with one data set, whose test split is unlabelled, as benchmarks have it."""
+
+    class Split(list[dict[str, Any]]):
+        @property
+        def features(self) -> dict[str, Any]:
+            return {"sentence": object(), column: SimpleNamespace(names=names)}
+
+    def rows(labels: list[int]) -> Split:
+        return Split({"sentence": f"say {i}", column: label} for i, label in enumerate(labels))
+
+    def load_dataset(name: str) -> dict[str, Split]:
+        if name != "u/data-v1.5":
+            raise ConnectionError("no route")
+        return {"train": rows([0, 1, 0]), "validation": rows([1, 0]), "test": rows([-1, -1])}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+
+
+def test_hub_data_with_dots_in_the_name_and_an_unlabelled_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub(monkeypatch, "polarity", ["bad", "good"])
+    columns = Columns(text="sentence", label="polarity")
+    splits = load_splits("u/data-v1.5", columns, splits=("train", "validation"))
+    assert splits["train"].label_names == ("bad", "good")
+    assert splits["train"].labels == [0, 1, 0]
+    assert splits["validation"].inputs == ["say 0", "say 1"]
+    with pytest.raises(DataError, match=r"u/data-v1\.5 test: row 1: 'polarity' = -1"):
+        load_split("u/data-v1.5", "test", columns)
+    with pytest.raises(DataError, match="no split 'dev'; it has: train, validation, test"):
+        load_split("u/data-v1.5", "dev", columns)
+    with pytest.raises(DataError, match=r"the hub did not give it: no route"):
+        load_splits("u/other")

@@ -115,6 +115,8 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not TOML: {error}") from None
     for override in overrides:
@@ -168,8 +170,10 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -
     """pydantic's findings as `section.key = value: what is allowed`, one per key."""
     lines: dict[str, str] = {}
     for problem in error.errors():
-        # The alternatives of a union follow the key in `loc`: pydantic's business, not the user's.
-        place = [str(part) for part in problem["loc"] if str(part).isidentifier()]
+        place = [str(part) for part in problem["loc"]]
+        if problem["type"] != "extra_forbidden":  # that one's key may be anything
+            # The alternatives of a union follow the key: pydantic's business, not the user's.
+            place = [part for part in place if part.isidentifier()]
         key = prefix + ".".join(place[:2] if not prefix else place[:1])
         line = _finding(key, place, problem, model)
         lines[key] = line if key not in lines else f"{lines[key]}, or {problem['msg'].lower()}"

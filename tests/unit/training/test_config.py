@@ -37,6 +37,10 @@ def test_defaults_are_a_recipe() -> None:
         ({"objective": {"lambda": 1}}, ["objective.lambda: unknown key", "weights, reduction"]),
         ({"objective": {"reduction": "max"}}, ["objective.reduction = 'max'", "'weighted'"]),
         ({"objective": {"weights": "steep"}}, ["objective.weights = 'steep'", "'depth'"]),
+        ({"loop": {"batch-size": 3}}, ["loop.batch-size: unknown key; allowed: epochs"]),
+        ({"my-sec": {}}, ["my-sec: unknown key; allowed: model, data"]),
+        ({"objective": {"a-b": 1}}, ["objective.a-b: unknown key", "weights, reduction"]),
+        ({"objective": {"name": [1]}}, ["objective.name = [1] is unknown", "joint"]),
         ({"objective": "joint"}, ["objective = 'joint'", "a table"]),
     ],
 )
@@ -73,6 +77,8 @@ def test_malformed_overrides_are_refused(override: str) -> None:
 def test_unreadable_recipes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such recipe"):
         read_recipe(tmp_path / "none.toml")
+    with pytest.raises(RecipeError, match="Is a directory"):
+        read_recipe(tmp_path)
     broken = tmp_path / "broken.toml"
     broken.write_text("[loop\n", encoding="utf-8")
     with pytest.raises(RecipeError, match="not TOML"):

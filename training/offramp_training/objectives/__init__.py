@@ -15,7 +15,7 @@ OBJECTIVES: dict[str, Any] = {
 def make_objective(options: dict[str, Any]) -> Objective:
     """What an `[objective]` table asks for; the objective checks its own options."""
     name = options.get("name", "joint")
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         known = ", ".join(sorted(OBJECTIVES))
         raise ValueError(f"objective.name = {name!r} is unknown; known objectives: {known}")
     made: Objective = OBJECTIVES[name](**options)

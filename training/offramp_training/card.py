@@ -30,21 +30,21 @@ def _figures(manifest: Manifest) -> str:
     evaluation: dict[str, Any] = dict(manifest.evaluation)
     if not evaluation:
         return "Not evaluated yet: `offramp-train evaluate` measures it."
-    points = evaluation["policies"].get(manifest.exit_policy, {}).get("points", [])
+    one = evaluation["policies"].get(manifest.exit_policy, {})
     lines = [
         "## Accuracy and speed",
         "",
         "![accuracy against speed-up](curve.png)",
         "",
         f"On {evaluation['rows']} rows of `{evaluation['split']}`; speed-up is in layers, "
-        f"`L·N / Σ exit_layer`. Exit policy `{manifest.exit_policy}`:",
+        f"`L·N / Σ exit_layer`. {_thresholds(manifest)}:",
         "",
-        "| speed-up | accuracy | macro F1 | mean exit layer |",
-        "|---|---|---|---|",
+        "| requested speed-up | speed-up | accuracy | macro F1 | mean exit layer |",
+        "|---|---|---|---|---|",
         *(
-            f"| {point['speedup']:.2f} | {point['accuracy']:.4f} | {point['macro_f1']:.4f} "
-            f"| {point['mean_exit_layer']:.2f} |"
-            for point in points
+            f"| {point['requested']:g} | {point['speedup']:.2f} | {point['accuracy']:.4f} "
+            f"| {point['macro_f1']:.4f} | {point['mean_exit_layer']:.2f} |"
+            for point in one.get("calibrated", ())
         ),
         "",
         "| every row leaves at layer | accuracy |",
@@ -52,6 +52,18 @@ def _figures(manifest: Manifest) -> str:
         *(f"| {one['exit_layer']} | {one['accuracy']:.4f} |" for one in evaluation["layers"]),
     ]
     return "\n".join(lines)
+
+
+def _thresholds(manifest: Manifest) -> str:
+    """Whose thresholds the table shows: those that a request gets."""
+    policy = f"Exit policy `{manifest.exit_policy}`"
+    for table in manifest.calibration:
+        if (table.policy, table.backend, table.dtype) == (manifest.exit_policy, "torch", "float32"):
+            return (
+                f"{policy} with the thresholds that a request gets, calibrated on {table.rows} "
+                f"rows of `{table.split}`"
+            )
+    return f"{policy}, not calibrated"
 
 
 def _use() -> str:

@@ -17,10 +17,14 @@ COLOURS = {
     "vote": "#56B4E9",
 }
 GREY = "#5f6368"
+SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def plot_report(report: Report, path: Path, *, title: str = "") -> Path:
-    """Draws every policy's curve, full depth, fixed layers and the oracle; returns `path`."""
+    """Draws every policy's curve, full depth, fixed layers and the oracle; returns `path`.
+
+    The kind of picture is that of its suffix, one of `SUFFIXES`.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, needs no display
     from matplotlib.figure import Figure
 
@@ -31,7 +35,7 @@ def plot_report(report: Report, path: Path, *, title: str = "") -> Path:
         _draw_policy(axes, name, one)
     _draw_references(axes, report)
     _dress(axes, report, title)
-    figure.savefig(path, format="png")
+    figure.savefig(path, format=path.suffix.lower().removeprefix("."))
     return path
 
 

@@ -17,11 +17,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from rich.console import Console
 
-from offramp_model.checkpoint import DTYPES, CheckpointError, load_checkpoint
+from offramp_model.checkpoint import DTYPES, CheckpointError, Manifest, load_checkpoint
 from offramp_model.policies import POLICIES
 from offramp_training.config import make_recipe, read_recipe
 from offramp_training.data import Columns, Dataset, load_split
-from offramp_training.errors import DataError, TrainingError
+from offramp_training.errors import DataError, OutputError, TrainingError
 from offramp_training.objectives import OBJECTIVES
 
 SPLITS = ("train", "validation", "test", "held_out")
@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"offramp-train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("offramp-train: interrupted; the same command goes on from there", file=sys.stderr)
+        goes_on = "; the same command without --overwrite goes on from there"
+        print(f"offramp-train: interrupted{goes_on * (options.run is _fit)}", file=sys.stderr)
         return 130
     return 0
 
@@ -59,28 +60,34 @@ def _fit(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from offramp_training.evaluate import evaluate_checkpoint, print_report, write_json
+    from offramp_training.plot import SUFFIXES, plot_report
 
-    dataset = _rows(options)
-    report = evaluate_checkpoint(options.checkpoint, dataset, options.policy)
+    _check_target("--json", options.json)
+    _check_target("--plot", options.plot, SUFFIXES)
+    checkpoint = load_checkpoint(options.checkpoint)
+    dataset = _rows(options, checkpoint.manifest)
+    report = evaluate_checkpoint(checkpoint, dataset, options.policy)
     print_report(report, _console())
     if options.json:
         write_json(report, options.json)
     if options.plot:
-        from offramp_training.plot import plot_report
-
-        name = load_checkpoint(options.checkpoint).manifest.data.name
-        plot_report(report, options.plot, title=f"{name}, {dataset.split}")
+        plot_report(report, options.plot, title=f"{checkpoint.manifest.data.name}, {dataset.split}")
 
 
 def _calibrate(options: argparse.Namespace) -> None:
     from offramp_training.calibrate import calibrate_checkpoint
+    from offramp_training.evaluate import evaluate_checkpoint, store_report
 
     if options.split == "train":
         raise DataError("--split train: never training rows; allowed: held_out, validation, test")
-    tables = calibrate_checkpoint(options.checkpoint, _rows(options), dtype=options.dtype)
-    for table in tables:
-        last = table.points[-1]
-        print(f"{table.policy}: {len(table.points)} points up to {last.speedup:.2f}x")
+    checkpoint = load_checkpoint(options.checkpoint)
+    dataset = _rows(options, checkpoint.manifest)
+    checkpoint = calibrate_checkpoint(checkpoint, dataset, dtype=options.dtype)
+    for policy in POLICIES:
+        table = checkpoint.table(policy, backend=options.backend, dtype=options.dtype)
+        print(f"{policy}: {len(table.points)} points up to {table.max_speedup:.2f}x")
+    if options.dtype == "float32":  # the figures in the model card are this dtype's
+        store_report(checkpoint, evaluate_checkpoint(checkpoint, dataset), dataset.split)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -89,9 +96,18 @@ def _inspect(options: argparse.Namespace) -> None:
     inspect_checkpoint(options.checkpoint, _console())
 
 
-def _rows(options: argparse.Namespace) -> Dataset:
+def _check_target(option: str, path: Path | None, suffixes: Sequence[str] | None = None) -> None:
+    """Whether a file can be written there, found out before the work that fills it."""
+    if path is None:
+        return
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise OutputError(f"{option} {path}: allowed: a name that ends in {', '.join(suffixes)}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OutputError(f"{option} {path}: cannot be written there")
+
+
+def _rows(options: argparse.Namespace, manifest: Manifest) -> Dataset:
     """The rows that --data and --split name, read as the checkpoint's recipe says."""
-    manifest = load_checkpoint(options.checkpoint).manifest
     recipe = make_recipe(dict(manifest.objective.parameters))
     if options.split == "held_out":
         from offramp_training.fit import choose_rows
@@ -105,9 +121,10 @@ def _rows(options: argparse.Namespace) -> Dataset:
 
 
 def _console() -> Console:
-    """As wide as the terminal; a file or a pipe gets room for whole tables."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
+    """As wide as the terminal; a file or a pipe gets room for whole tables. Text is only text: a
+    label may look like rich's markup or an emoji's name."""
+    width = None if Console().is_terminal else 120
+    return Console(width=width, markup=False, emoji=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,13 +143,16 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="accuracy by layer, policy and speed-up")
     _add_rows(evaluate)
-    evaluate.add_argument("--policy", action="append", choices=sorted(POLICIES))
+    policies = sorted(POLICIES)
+    evaluate.add_argument("--policy", nargs="+", action="extend", choices=policies, metavar="P",
+                          help=f"any of {', '.join(policies)}")  # fmt: skip
     evaluate.add_argument("--json", type=Path, metavar="FILE")
-    evaluate.add_argument("--plot", type=Path, metavar="FILE")
+    evaluate.add_argument("--plot", type=Path, metavar="FILE", help=".png, .svg or .pdf")
     evaluate.set_defaults(run=_evaluate)
 
     calibrate = commands.add_parser("calibrate", help="measure thresholds on held-out rows")
     _add_rows(calibrate)
+    calibrate.add_argument("--backend", choices=["torch"], default="torch")
     calibrate.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     calibrate.set_defaults(run=_calibrate)
 

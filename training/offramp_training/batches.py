@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -59,7 +60,7 @@ class EncodedRows:
     def __len__(self) -> int:
         return len(self.encodings)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         return [len(encoding.ids) for encoding in self.encodings]
 

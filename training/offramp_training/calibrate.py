@@ -1,19 +1,19 @@
 """Calibration: the tables threshold -> speed-up, accuracy that give `speedup` its meaning.
 
 Measured on held-out rows on the serving stack, one table per exit policy, and stored in the
-checkpoint's manifest in place of older ones of the same policy, backend and dtype. Refuses the rows
-that the checkpoint was trained on. Knows nothing about how the rows were held out.
+checkpoint's manifest in place of older ones of the same policy, backend and dtype. Refuses a split
+called train and, under any name, the whole set of rows that the checkpoint was trained on; it
+cannot see a few of them among others. Knows nothing about how the rows were held out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from offramp_model.calibration import CalibrationTable, curve
-from offramp_model.checkpoint import load_checkpoint, update_manifest
+from offramp_model.checkpoint import Checkpoint, update_manifest
 from offramp_model.policies import POLICIES, make_policy
 from offramp_training.data import Dataset
 from offramp_training.errors import DataError
@@ -23,14 +23,13 @@ BACKEND = "torch"
 
 
 def calibrate_checkpoint(
-    directory: Path,
+    checkpoint: Checkpoint,
     dataset: Dataset,
     *,
     dtype: str = "float32",
     policies: Sequence[str] = tuple(POLICIES),
-) -> tuple[CalibrationTable, ...]:
-    """Measures each policy on `dataset` and stores the tables; returns the new ones."""
-    checkpoint = load_checkpoint(directory)
+) -> Checkpoint:
+    """Measures each policy on `dataset` and stores the tables; returns the checkpoint with them."""
     manifest = checkpoint.manifest
     if dataset.split == "train" or dataset.fingerprint == manifest.data.train_fingerprint:
         raise DataError(
@@ -57,5 +56,6 @@ def calibrate_checkpoint(
         for table in manifest.calibration
         if (table.policy, table.backend, table.dtype) not in replaced
     ]
-    update_manifest(directory, manifest.model_copy(update={"calibration": (*kept, *tables)}))
-    return tables
+    manifest = manifest.model_copy(update={"calibration": (*kept, *tables)})
+    update_manifest(checkpoint.directory, manifest)
+    return Checkpoint(checkpoint.directory, manifest, checkpoint.backbone)

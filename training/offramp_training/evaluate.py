@@ -8,7 +8,7 @@ training and writes nothing but what it is asked to.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from offramp_model.calibration import (
     point_for,
     reachable_speedups,
 )
-from offramp_model.checkpoint import DTYPES, Checkpoint, load_checkpoint, update_manifest
+from offramp_model.checkpoint import DTYPES, Checkpoint, update_manifest
 from offramp_model.policies import POLICIES, make_policy
 from offramp_model.recorded import RecordedExits, record_exits, replay
 from offramp_training.data import Dataset
-from offramp_training.errors import DataError, TrainingError
+from offramp_training.errors import DataError, OutputError
+from offramp_training.progress import rows_bar
 
 # The curves worth comparing: not full depth (one point) nor a fixed layer (the `layers` table).
 DEFAULT_POLICIES = tuple(name for name in POLICIES if name not in ("full_depth", "fixed_layer"))
@@ -93,10 +94,9 @@ class Report:
 
 
 def evaluate_checkpoint(
-    directory: Path, dataset: Dataset, policies: Sequence[str] | None = None
+    checkpoint: Checkpoint, dataset: Dataset, policies: Sequence[str] | None = None
 ) -> Report:
     """Records every exit on `dataset` and measures each policy."""
-    checkpoint = load_checkpoint(directory)
     recorded = record_dataset(checkpoint, dataset)
     tables = {
         table.policy: table
@@ -118,7 +118,9 @@ def record_dataset(
     if not dataset.rows:
         raise DataError(f"split {dataset.split!r} has no rows")
     encodings = checkpoint.tokenizer().encode(dataset.inputs)
-    return record_exits(checkpoint.stack(dtype=DTYPES[dtype]), encodings)
+    stack = checkpoint.stack(dtype=DTYPES[dtype])
+    with rows_bar(f"{dataset.split}: rows through every exit", len(dataset)) as progress:
+        return record_exits(stack, encodings, progress=progress)
 
 
 def make_report(
@@ -169,18 +171,26 @@ def _measure_policy(
     )
 
 
-def store_report(directory: Path, report: Report, split: str) -> None:
+def store_report(checkpoint: Checkpoint, report: Report, split: str) -> None:
     """Keeps the figures (not the curves: those are calibration's) in the manifest, draws
     `curve.png` and writes the model card around them."""
     from offramp_training.card import model_card
     from offramp_training.plot import plot_report  # matplotlib is slow to import
 
-    manifest = load_checkpoint(directory).manifest
+    directory, manifest = checkpoint.directory, checkpoint.manifest
     evaluation = {"split": split, **report.as_dict(with_curves=False)}
     manifest = manifest.model_copy(update={"evaluation": evaluation})
+    title, card = f"{manifest.data.name}, {split}", model_card(manifest)
     update_manifest(directory, manifest)
-    plot_report(report, directory / "curve.png", title=f"{manifest.data.name}, {split}")
-    (directory / "README.md").write_text(model_card(manifest), encoding="utf-8")
+    _replace(directory / "curve.png", lambda part: plot_report(report, part, title=title))
+    _replace(directory / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Whoever reads `path` meanwhile finds the old file or the new one, never a part."""
+    part = path.with_name(f".{path.name}")
+    write(part)
+    part.replace(path)
 
 
 def write_json(report: Report, path: Path) -> None:
@@ -188,7 +198,7 @@ def write_json(report: Report, path: Path) -> None:
     try:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise TrainingError(f"--json {path}: {error.strerror}") from None
+        raise OutputError(f"--json {path}: {error.strerror}") from None
 
 
 def print_report(report: Report, console: Console) -> None:

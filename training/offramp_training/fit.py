@@ -1,16 +1,14 @@
 """`offramp-train fit`: from a recipe and data to a checkpoint that is ready to serve.
 
-Wiring only. Every check that can fail does so before the first step. While it trains, all it writes
-lies in `<output>.fit` beside the output (resume points, TensorBoard); the output directory appears
-whole, at the end. Knows nothing about losses or steps.
+Wiring only. Every check that can fail does so before the first step. All that it writes lies in
+`<output>.fit` beside the output (resume points, TensorBoard, at last the checkpoint); the output
+directory appears whole, when all is done. Knows nothing about losses or steps.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from offramp_model.checkpoint import (
     DataRecord,
     Manifest,
     ObjectiveRecord,
+    load_checkpoint,
     write_checkpoint,
 )
 from offramp_model.tokenizer import TextTokenizer
@@ -41,11 +40,17 @@ from offramp_training.data import (
 from offramp_training.errors import DataError, OutputError, RecipeError
 from offramp_training.evaluate import evaluate_checkpoint, store_report
 from offramp_training.loop import Run, make_accelerator, train
-from offramp_training.model import MultiExitModel, build_model, save_tokenizer
+from offramp_training.model import (
+    MultiExitModel,
+    build_model,
+    load_tokenizer,
+    save_tokenizer,
+)
 from offramp_training.progress import Reporter
 from offramp_training.resume import ResumePoints
 
-# Settings that change how long a run takes, never what comes out of it.
+# Settings that may change when a run goes on: how often it is saved, when it must stop, how many
+# threads it gets. The last two show in the weights, but they are the machine's, not the run's.
 NOT_IDENTITY = ("checkpoint_every_steps", "max_minutes", "threads")
 
 
@@ -68,37 +73,38 @@ def fit(
     calibrate: bool = True,
 ) -> Path:
     """Trains, writes the checkpoint and, unless told not to, calibrates and evaluates it."""
-    work = output.with_name(output.name + ".fit")
-    _check_output(output, work, overwrite)
+    work = _check_output(output, overwrite)
     if recipe.loop.threads is not None:
         torch.set_num_threads(recipe.loop.threads)
     rows = choose_rows(recipe, data)
     backbone = resolve_backbone(recipe.model.backbone)
     model = build_model(backbone, recipe.model, rows.train.label_names, recipe.loop.seed)
+    tokenizer = load_tokenizer(backbone, model)
     stages = _stages(recipe, model)
-    save_tokenizer(backbone, work / "tokenizer")
-    tokenizer = TextTokenizer(work / "tokenizer" / "tokenizer.json", recipe.model.max_length)
     accelerator = make_accelerator(recipe.loop)
+    points = _start_work(work, overwrite)
+    save_tokenizer(tokenizer, backbone, work / "tokenizer")
+    text_tokenizer = TextTokenizer(work / "tokenizer" / "tokenizer.json", recipe.model.max_length)
     model = accelerator.prepare_model(model)
     with Reporter(work / "tensorboard") as reporter:
         run = Run(
             recipe=recipe,
             model=model,
             stages=stages,
-            train_rows=EncodedRows.of(rows.train, tokenizer, model.pad_id),
-            held_out=EncodedRows.of(rows.held_out, tokenizer, model.pad_id),
-            points=ResumePoints(work / "resume"),
+            train_rows=EncodedRows.of(rows.train, text_tokenizer, model.pad_id),
+            held_out=EncodedRows.of(rows.held_out, text_tokenizer, model.pad_id),
+            points=points,
             reporter=reporter,
             identity=_identity(recipe, rows),
             accelerator=accelerator,
         )
         train(run)
-    _publish(recipe, rows, model, work, output)
+    made = _write(recipe, rows, model, work)
     if calibrate:
-        calibrate_checkpoint(output, rows.held_out)
-        store_report(output, evaluate_checkpoint(output, rows.report), rows.report.split)
-    shutil.move(work / "tensorboard", output / "tensorboard")
-    shutil.rmtree(work)
+        checkpoint = calibrate_checkpoint(load_checkpoint(made), rows.held_out)
+        report = evaluate_checkpoint(checkpoint, rows.report)
+        store_report(checkpoint, report, rows.report.split)
+    _publish(made, output, work)
     return output
 
 
@@ -108,7 +114,7 @@ def choose_rows(recipe: Recipe, data: str | None) -> FitData:
     if source is None:
         raise RecipeError("no data: give --data PATH or set data.path in the recipe")
     columns = Columns(recipe.data.text, recipe.data.text_pair, recipe.data.label)
-    splits = load_splits(source, columns)
+    splits = load_splits(source, columns, splits=("train", "validation"))
     if not splits.get("train"):
         raise DataError(f"{source}: no training rows; it has: {', '.join(splits)}")
     seed, train_rows, validation = recipe.loop.seed, splits["train"], splits.get("validation")
@@ -126,16 +132,33 @@ def choose_rows(recipe: Recipe, data: str | None) -> FitData:
     return FitData(Path(source).name, train_rows, held_out, validation or held_out)
 
 
-def _check_output(output: Path, work: Path, overwrite: bool) -> None:
-    if overwrite:
-        shutil.rmtree(work, ignore_errors=True)
-    elif (output / MANIFEST).exists() and not work.exists():
+def _check_output(output: Path, overwrite: bool) -> Path:
+    """The directory to work in, beside the output. Nothing is written or deleted here."""
+    if output.name in ("", ".."):
+        raise OutputError(f"--output {output}: allowed: a path that ends in a name")
+    work = output.with_name(output.name + ".fit")
+    finished, unfinished = (output / MANIFEST).exists(), ResumePoints(work / "resume")
+    if finished and not unfinished and not overwrite:
         raise OutputError(f"{output} holds a finished checkpoint; allowed with --overwrite")
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; a directory is needed")
-    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).exists():
+    if output.is_mount():
+        raise OutputError(f"{output} is a mount point; give a directory below it")
+    if output.is_dir() and any(output.iterdir()) and not finished:
         raise OutputError(f"{output} is not empty and not a checkpoint; give a new directory")
-    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def _start_work(work: Path, overwrite: bool) -> ResumePoints:
+    """The resume points to go on from, if any; all else that an earlier run left is cleared."""
+    points = ResumePoints(work / "resume")
+    if overwrite or not points:
+        shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{work}: {error.strerror}") from None
+    return points
 
 
 def _stages(recipe: Recipe, model: MultiExitModel) -> list[Any]:
@@ -159,36 +182,28 @@ def _identity(recipe: Recipe, rows: FitData) -> dict[str, Any]:
     }
 
 
-def _publish(
-    recipe: Recipe, rows: FitData, model: MultiExitModel, work: Path, output: Path
-) -> None:
-    """Writes the checkpoint whole; an older one gives way at the very end."""
-    manifest = _manifest(recipe, rows, model)
+def _write(recipe: Recipe, rows: FitData, model: MultiExitModel, work: Path) -> Path:
+    """The checkpoint, still among the files of the run."""
+    manifest, made = _manifest(recipe, rows, model), work / "checkpoint"
 
     def fill(directory: Path) -> None:
         model.save_backbone(directory)
         shutil.copytree(work / "tokenizer", directory, dirs_exist_ok=True)
         (directory / "README.md").write_text(model_card(manifest), encoding="utf-8")
 
-    with _out_of_the_way(output):
-        write_checkpoint(output, fill=fill, exits=model.exit_tensors(), manifest=manifest)
+    shutil.rmtree(made, ignore_errors=True)  # of a run that was killed while it calibrated
+    write_checkpoint(made, fill=fill, exits=model.exit_tensors(), manifest=manifest)
+    return made
 
 
-@contextmanager
-def _out_of_the_way(output: Path) -> Iterator[None]:
-    """Keeps what is at `output` under another name until the new checkpoint stands."""
-    if not (output / MANIFEST).exists():
-        yield
-        return
-    aside = output.with_name(f".{output.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    output.rename(aside)
-    try:
-        yield
-    except BaseException:
-        aside.rename(output)
-        raise
-    shutil.rmtree(aside)
+def _publish(made: Path, output: Path, work: Path) -> None:
+    """Two renames put the new checkpoint in the place of an older one, if there is one."""
+    shutil.copytree(work / "tensorboard", made / "tensorboard")
+    if output.exists():
+        shutil.rmtree(work / "replaced", ignore_errors=True)
+        output.rename(work / "replaced")
+    made.rename(output)
+    shutil.rmtree(work)
 
 
 def _manifest(recipe: Recipe, rows: FitData, model: MultiExitModel) -> Manifest:

@@ -101,7 +101,9 @@ class Run:
     # ---- the nest's iterators: each yields what is left to do --------------------------------
 
     def stages_left(self) -> Iterator[Stage]:
-        while self.position.stage < len(self.stages) and not self.out_of_time:
+        while self.position.stage < len(self.stages):
+            if self.out_of_time and not self.position.stage_batches:
+                return  # one that has begun is entered all the same: it ends with its best weights
             stage = self.stages[self.position.stage]
             self._start_stage(stage)
             yield stage
@@ -156,10 +158,14 @@ class Run:
         return limit is not None and self.seconds >= limit * 60
 
     @property
+    def out_of_patience(self) -> bool:
+        patience = self.recipe.loop.patience
+        return patience is not None and self.best.bad_evaluations >= patience
+
+    @property
     def stopped(self) -> bool:
         """Early stop, or out of time. Both are read off the state, so a resumed run agrees."""
-        patience = self.recipe.loop.patience
-        return self.out_of_time or (patience is not None and self.best.bad_evaluations >= patience)
+        return self.out_of_time or self.out_of_patience
 
     # ---- between the steps --------------------------------------------------------------------
 
@@ -187,7 +193,6 @@ class Run:
         stage_left = self.position.stage < len(self.stages)
         scaler = self.accelerator.scaler
         self.points.save(
-            self.position.steps,
             {
                 "identity": self.identity,
                 "position": asdict(self.position),
@@ -197,7 +202,7 @@ class Run:
                 "optimiser": self.optimiser.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else {},
                 "rng": rng_state(),
-            },
+            }
         )
 
     def _start_stage(self, stage: Stage) -> None:
@@ -221,6 +226,9 @@ class Run:
         self.reporter.start_stage(stage.name, batches, self.position.stage_batches)
 
     def _finish_stage(self, stage: Stage) -> None:
+        if self.position.epoch < stage.epochs:
+            no_better = f"no better for {self.best.bad_evaluations} evaluations"
+            self.reporter.say(f"stopped: {no_better if self.out_of_patience else 'out of time'}")
         self._evaluate_once()
         self.reporter.end_stage()
         if stage.keeps_best and self.best.weights is not None:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from offramp_model.config import MultiExitConfig
+from offramp_model.encoder import check_backbone
+from offramp_model.families import FAMILIES
 from offramp_model.heads import ExitHeads, pool_padded
 from offramp_training.config import ModelSection
 from offramp_training.errors import BackboneError, RecipeError
@@ -22,7 +24,6 @@ from offramp_training.errors import BackboneError, RecipeError
 if TYPE_CHECKING:
     from offramp_training.batches import Batch
 
-SERVED_FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
 TOKENIZER_FILES = ("special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt")
 
 
@@ -95,6 +96,10 @@ def build_model(
     """A backbone from a local directory with fresh exit heads, the same heads for the same seed."""
     backbone = load_backbone(directory)
     config = _multi_exit_config(backbone.config, section, labels)
+    try:
+        check_backbone(backbone.config.to_dict(), config)
+    except ValueError as error:
+        raise BackboneError(f"{directory}: cannot be served: {error}") from None
     backbone.config.id2label = dict(enumerate(labels))
     backbone.config.label2id = {label: number for number, label in enumerate(labels)}
     torch.manual_seed(seed)
@@ -102,7 +107,10 @@ def build_model(
 
 
 def load_backbone(directory: Path) -> Any:
-    """transformers' model of a directory: safetensors only, no remote code, float32."""
+    """transformers' model of a directory: safetensors only, no remote code, float32.
+
+    Every weight comes from the file. transformers would make up a missing pooler; it is dropped.
+    """
     from transformers import AutoConfig, AutoModel  # slow to import: not for `inspect` or `--help`
     from transformers.utils import logging
 
@@ -110,20 +118,39 @@ def load_backbone(directory: Path) -> Any:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         family = AutoConfig.from_pretrained(directory, local_files_only=True).model_type
-        if family in SERVED_FAMILIES:
-            return AutoModel.from_pretrained(
+        if family in FAMILIES:
+            backbone, report = AutoModel.from_pretrained(
                 directory,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # reported, and refused below by name
+                output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BackboneError(f"{directory}: not a readable backbone: {reason}") from None
-    raise BackboneError(
-        f"{directory}: model_type {family!r}; allowed: {', '.join(SERVED_FAMILIES)}"
-    )
+    except Exception as error:  # transformers has no common base for what can go wrong
+        raise BackboneError(f"{directory}: not a readable backbone: {_reason(error)}") from None
+    if family not in FAMILIES:
+        raise BackboneError(f"{directory}: model_type {family!r}; allowed: {', '.join(FAMILIES)}")
+    missing = sorted(report["missing_keys"])
+    if any(key.startswith("pooler.") for key in missing):
+        backbone.pooler = None
+    _refuse(directory, "no", [key for key in missing if not key.startswith("pooler.")])
+    _refuse(directory, "another shape of", sorted(key for key, *_ in report["mismatched_keys"]))
+    return backbone
+
+
+def _refuse(directory: Path, what: str, keys: list[str]) -> None:
+    if keys:
+        more = f", ... ({len(keys)} tensors)" if len(keys) > 3 else ""
+        raise BackboneError(
+            f"{directory}: its weights have {what} {', '.join(keys[:3])}{more}; "
+            "every layer that config.json names is needed"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
 
 
 def _multi_exit_config(backbone: Any, section: ModelSection, labels: Any) -> MultiExitConfig:
@@ -153,13 +180,27 @@ def _multi_exit_config(backbone: Any, section: ModelSection, labels: Any) -> Mul
     )
 
 
-def save_tokenizer(source: Path, target: Path) -> None:
-    """The tokenizer files of `source`, whichever of them it has, in Hugging Face's fast form."""
+def load_tokenizer(directory: Path, model: MultiExitModel) -> Any:
+    """transformers' tokenizer of a directory; it must give no id that the model has no row for."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        source, local_files_only=True, use_fast=True, trust_remote_code=False
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, use_fast=True, trust_remote_code=False
+        )
+    except Exception as error:  # neither transformers nor tokenizers has a common base
+        raise BackboneError(f"{directory}: not a readable tokenizer: {_reason(error)}") from None
+    largest, rows = max(tokenizer.get_vocab().values()), model.backbone.config.vocab_size
+    if largest >= rows:
+        raise BackboneError(
+            f"{directory}: the tokenizer gives ids up to {largest}, the backbone has embeddings "
+            f"for {rows} ids only"
+        )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, source: Path, target: Path) -> None:
+    """Hugging Face's fast form, and the older files of `source`, whichever of them it has."""
     tokenizer.save_pretrained(target)
     for name in TOKENIZER_FILES:  # transformers 5 no longer writes these; other readers want them
         if (source / name).is_file():

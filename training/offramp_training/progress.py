@@ -9,7 +9,8 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,7 +40,7 @@ class Reporter:
         self._events.close()
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def start_stage(self, name: str, batches: int, done: int) -> None:
         self._stop_bar()
@@ -97,6 +98,22 @@ class Reporter:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+@contextmanager
+def rows_bar(task: str, rows: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr that is told how many rows are done; nothing where nobody watches."""
+    console = Console(file=sys.stderr)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        number = bar.add_task(task, total=rows)
+        yield lambda done: bar.update(number, completed=done)
 
 
 def _summary_writer(directory: Path) -> Any:

@@ -9,12 +9,16 @@ means.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from offramp_training.errors import OutputError
 
 TENSORS, TREE = "state.safetensors", "state.json"
 _TENSOR, _PAIRS, _TUPLE = "__tensor__", "__pairs__", "__tuple__"
@@ -84,33 +88,52 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 class ResumePoints:
-    """The resume points of one run; only the newest is kept."""
+    """The resume points of one run, numbered; only the newest is kept."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def save(self, step: int, tree: Any) -> None:
+    def __bool__(self) -> bool:
+        """Is there one to go on from?"""
+        return bool(self._points())
+
+    def save(self, tree: Any) -> None:
         """Publishes a point at once: a kill at any moment leaves the old one or the new one."""
-        part = self.directory / f".part-{step:09d}"
+        old = self._points()
+        number = int(old[-1].name.rpartition("-")[2]) + 1 if old else 1
+        part = self.directory / f".part-{number:09d}"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         save_tree(part, tree)
-        target = self.directory / f"point-{step:09d}"
-        shutil.rmtree(target, ignore_errors=True)
-        part.rename(target)
-        for old in self._points():
-            if old != target:
-                shutil.rmtree(old)
+        for path in (*part.iterdir(), part):
+            _sync(path)
+        part.rename(self.directory / f"point-{number:09d}")
+        _sync(self.directory)
+        for point in old:
+            shutil.rmtree(point)
 
     def load(self) -> Any | None:
-        """The newest point's tree, or None."""
+        """The newest readable point's tree, or None where there is no point."""
         for part in self.directory.glob(".part-*"):
             shutil.rmtree(part)
         points = self._points()
-        return load_tree(points[-1]) if points else None
-
-    def clear(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        for point in reversed(points):
+            try:
+                return load_tree(point)
+            except (OSError, ValueError, KeyError, SafetensorError):
+                continue  # half deleted, or damaged: an older one may still be there
+        if points:
+            raise OutputError(f"{points[-1]} is damaged; allowed: --overwrite, to start anew")
+        return None
 
     def _points(self) -> list[Path]:
         return sorted(self.directory.glob("point-*"))
+
+
+def _sync(path: Path) -> None:
+    """Makes a file, or the names in a directory, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from offramp_model.checkpoint import load_checkpoint, update_manifest
 from offramp_training.__main__ import main
 
 
@@ -44,11 +45,21 @@ def test_fit_evaluate_calibrate_inspect(
     assert "not calibrated" in capsys.readouterr().out
 
     rows = [str(output), "--data", str(data)]
-    assert main(["calibrate", *rows, "--split", "held_out"]) == 0
+    assert "Not evaluated yet" in (output / "README.md").read_text()
+    assert main(["calibrate", *rows, "--split", "held_out", "--backend", "torch"]) == 0
     assert "entropy: " in capsys.readouterr().out
+    assert "calibrated on 30 rows of `held_out`" in (output / "README.md").read_text()
+    assert load_checkpoint(output).manifest.evaluation["split"] == "held_out"
+    assert (output / "curve.png").is_file()
+    assert main(["calibrate", *rows, "--split", "test", "--dtype", "bfloat16"]) == 0
+    assert load_checkpoint(output).manifest.evaluation["split"] == "held_out"
+    capsys.readouterr()
     files = ["--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]
-    assert main(["evaluate", *rows, "--policy", "entropy", "--policy", "vote", *files]) == 0
-    assert json.loads((tmp_path / "r.json").read_text())["policies"].keys() == {"entropy", "vote"}
+    assert (
+        main(["evaluate", *rows, "--policy", "entropy", "vote", "--policy", "margin", *files]) == 0
+    )
+    policies = json.loads((tmp_path / "r.json").read_text())["policies"]
+    assert list(policies) == ["entropy", "vote", "margin"]
     assert (tmp_path / "r.png").is_file()
     assert main(["inspect", str(output)]) == 0
     shown = capsys.readouterr().out
@@ -104,3 +115,57 @@ def test_unknown_words_are_argparse_errors(checkpoint: Path) -> None:
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "file", "what"),
+    [
+        ("--plot", "nowhere/x.png", "cannot be written there"),
+        ("--json", "nowhere/x.json", "cannot be written there"),
+        ("--json", "", "cannot be written there"),
+        ("--plot", "x.gif", "allowed: a name that ends in .png, .svg, .pdf"),
+    ],
+)
+def test_evaluate_refuses_before_it_works(
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    file: str,
+    what: str,
+) -> None:
+    monkeypatch.delattr("offramp_training.evaluate.record_exits")
+    arguments = ("evaluate", checkpoint, "--data", data, option, tmp_path / file)
+    assert what in refused(capsys, *arguments)
+
+
+def test_labels_that_look_like_markup_are_shown_as_they_are(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    manifest = load_checkpoint(copy).manifest
+    model = manifest.model.model_copy(update={"labels": ("[/x]", "[red]", ":dog:")})
+    update_manifest(copy, manifest.model_copy(update={"model": model}))
+    assert main(["inspect", str(copy)]) == 0
+    assert "3: [/x], [red], :dog:" in capsys.readouterr().out
+
+
+def test_an_interrupted_fit_says_how_to_go_on_and_nothing_else_does(
+    recipe: Path,
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("offramp_training.fit.fit", interrupt)
+    monkeypatch.setattr("offramp_training.evaluate.evaluate_checkpoint", interrupt)
+    assert main(["fit", str(recipe), "--output", str(tmp_path / "out")]) == 130
+    assert "the same command without --overwrite goes on from there" in capsys.readouterr().err
+    assert main(["evaluate", str(checkpoint), "--data", str(data)]) == 130
+    assert capsys.readouterr().err == "offramp-train: interrupted\n"

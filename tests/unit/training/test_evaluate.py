@@ -27,7 +27,7 @@ POINT = {"threshold", "speedup", "mean_exit_layer", "accuracy", "macro_f1", "exi
 
 @pytest.fixture(scope="module")
 def report(checkpoint: Path, data: Path) -> Report:
-    return evaluate_checkpoint(checkpoint, load_split(str(data), "test"))
+    return evaluate_checkpoint(load_checkpoint(checkpoint), load_split(str(data), "test"))
 
 
 def test_the_json_has_the_agreed_shape(report: Report, tmp_path: Path) -> None:
@@ -43,9 +43,13 @@ def test_the_json_has_the_agreed_shape(report: Report, tmp_path: Path) -> None:
     assert [layer["exit_layer"] for layer in content["layers"]] == [1, 2, 3]
     assert content["policies"].keys() == set(DEFAULT_POLICIES)
     for policy in content["policies"].values():
-        assert policy.keys() == {"points", "curve"}
+        assert policy.keys() == {"points", "calibrated", "curve"}
         for point in policy["points"] + policy["curve"]:
             assert point.keys() == POINT
+            assert sum(point["exit_counts"]) == 40
+        assert policy["calibrated"][0]["requested"] == 1.0
+        for point in policy["calibrated"]:
+            assert point.keys() == POINT | {"requested"}
             assert sum(point["exit_counts"]) == 40
     assert content["oracle"].keys() == {"speedup", "accuracy"}
 
@@ -70,7 +74,6 @@ def test_fit_calibrates_every_policy_on_held_out_rows(checkpoint: Path, data: Pa
         assert table.data_fingerprint == opened.manifest.data.held_out_fingerprint
     assert opened.manifest.evaluation["split"] == "validation"
     assert (checkpoint / "curve.png").read_bytes().startswith(PNG)
-    assert "| speed-up | accuracy |" in (checkpoint / "README.md").read_text()
     for name in ("model.safetensors", "exits.safetensors"):
         assert (checkpoint / name).stat().st_mode & 0o044 == 0o044
 
@@ -80,9 +83,10 @@ def test_calibration_replaces_its_own_tables_only(
 ) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     test_rows = load_split(str(data), "test")
-    calibrate_checkpoint(copy, test_rows, policies=["entropy"])
-    calibrate_checkpoint(copy, test_rows, policies=["entropy"], dtype="bfloat16")
     opened = load_checkpoint(copy)
+    for dtype in ("float32", "bfloat16"):
+        opened = calibrate_checkpoint(opened, test_rows, policies=["entropy"], dtype=dtype)
+    assert load_checkpoint(copy).manifest == opened.manifest
     assert opened.table("entropy").split == "test"
     assert opened.table("entropy", dtype="bfloat16").rows == 40
     assert opened.table("energy").split == "validation"
@@ -94,33 +98,61 @@ def test_training_rows_are_refused_under_any_name(
 ) -> None:
     train = load_split(str(data), "train")
     with pytest.raises(DataError, match="training rows"):
-        calibrate_checkpoint(checkpoint, train)
+        calibrate_checkpoint(load_checkpoint(checkpoint), train)
     renamed = train.take(reversed(range(len(train))), split="validation")
     with pytest.raises(DataError, match="training rows"):
-        calibrate_checkpoint(checkpoint, renamed)
+        calibrate_checkpoint(load_checkpoint(checkpoint), renamed)
 
 
 def test_rows_of_another_task_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     lines = [json.dumps({"text": "x", "label": name}) for name in ("a", "b")]
     (tmp_path / "test.jsonl").write_text("\n".join(lines))
     with pytest.raises(DataError, match="the checkpoint's are pleasure, dread, craft"):
-        evaluate_checkpoint(checkpoint, load_split(str(tmp_path), "test"))
+        evaluate_checkpoint(load_checkpoint(checkpoint), load_split(str(tmp_path), "test"))
+
+
+def test_the_card_shows_what_a_request_gets(checkpoint: Path) -> None:
+    manifest = load_checkpoint(checkpoint).manifest
+    evaluation: dict[str, Any] = dict(manifest.evaluation)
+    card = (checkpoint / "README.md").read_text()
+    assert "thresholds that a request gets, calibrated on 48 rows of `validation`" in card
+    points = evaluation["policies"][manifest.exit_policy]["calibrated"]
+    assert len(points) > 2
+    for point in points:
+        row = f"| {point['requested']:g} | {point['speedup']:.2f} | {point['accuracy']:.4f} |"
+        assert row in card
 
 
 @pytest.mark.parametrize("policies", [["entropy"], ["full_depth", "fixed_layer", "vote"]])
-def test_the_plot_is_written(
-    checkpoint: Path, data: Path, tmp_path: Path, policies: list[str]
+@pytest.mark.parametrize(("suffix", "start"), [("png", PNG), ("svg", b"<?xml"), ("PDF", b"%PDF")])
+def test_the_plot_is_of_the_kind_its_name_says(
+    checkpoint: Path, data: Path, tmp_path: Path, policies: list[str], suffix: str, start: bytes
 ) -> None:
-    report = evaluate_checkpoint(checkpoint, load_split(str(data), "test"), policies)
-    path = plot_report(report, tmp_path / "curve.png", title="verbs")
-    assert path.read_bytes().startswith(PNG)
+    test_rows = load_split(str(data), "test")
+    report = evaluate_checkpoint(load_checkpoint(checkpoint), test_rows, policies)
+    path = plot_report(report, tmp_path / f"curve.{suffix}", title="verbs")
+    assert path.read_bytes().startswith(start)
 
 
 def test_stored_figures_are_part_of_a_checkpoint_that_loads(
     checkpoint: Path, report: Report, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    store_report(copy, report, "test")
+    store_report(load_checkpoint(copy), report, "test")
     evaluation: dict[str, Any] = dict(load_checkpoint(copy).manifest.evaluation)
     assert (evaluation["split"], evaluation["rows"]) == ("test", 40)
     assert "curve" not in evaluation["policies"]["entropy"]
+
+
+def test_a_picture_that_fails_leaves_the_old_one(
+    checkpoint: Path, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(report: Report, path: Path, *, title: str = "") -> Path:
+        path.write_bytes(b"half a pict")
+        raise OSError("disk full")
+
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    monkeypatch.setattr("offramp_training.plot.plot_report", fail)
+    with pytest.raises(OSError, match="disk full"):
+        store_report(load_checkpoint(copy), report, "test")
+    assert (copy / "curve.png").read_bytes() == (checkpoint / "curve.png").read_bytes()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from offramp_model.tokenizer import TextTokenizer
+from offramp_training import loop
 from offramp_training.batches import Batch, EncodedRows
 from offramp_training.config import OptimiserSection, Recipe, make_recipe
 from offramp_training.data import load_splits
@@ -58,13 +59,71 @@ class Heads(Stage):
         self.seen = state["seen"]
 
 
+class Spoiling(Heads):
+    """Climbs instead of descending: every evaluation is worse than the first."""
+
+    def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
+        for loss in super().losses(batch, progress):
+            yield -loss
+
+
+class Weighing(Heads):
+    """Weighs each loss by a running mean of its own, which a resumed run must find again."""
+
+    def __init__(self, model: MultiExitModel, epochs: int) -> None:
+        super().__init__(model, epochs)
+        self.mean = torch.ones(())
+
+    def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
+        for loss in super().losses(batch, progress):
+            self.mean = 0.7 * self.mean + 0.3 * loss.detach()
+            yield loss * self.mean
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.mean = state["mean"]
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(run: Run, batch_number: int) -> None:
+    """Trains until the stage is asked for the losses of its n-th batch."""
+    original, seen = run.stages[0].losses, 0
+
+    def losses(batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
+        nonlocal seen
+        seen += 1
+        if seen == batch_number:
+            raise Killed
+        return original(batch, progress)
+
+    run.stages[0].losses = losses  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        train(run)
+
+
+def state_of(run: Run) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
 @pytest.fixture
 def make_run(
     tmp_path: Path, backbone: Path, data: Path, recipe_table: dict[str, Any]
 ) -> Iterator[Callable[..., Run]]:
     reporters = []
 
-    def make(stages: Callable[[MultiExitModel, Recipe], list[Stage]], **loop: Any) -> Run:
+    def make(
+        stages: Callable[[MultiExitModel, Recipe], list[Stage]], points: str = "resume", **loop: Any
+    ) -> Run:
         recipe_table["loop"].update(loop)
         recipe = make_recipe(recipe_table)
         splits = load_splits(str(data))
@@ -78,7 +137,7 @@ def make_run(
             train_rows=EncodedRows.of(splits["train"], tokenizer, model.pad_id),
             held_out=EncodedRows.of(splits["validation"], tokenizer, model.pad_id),
             accelerator=make_accelerator(recipe.loop),
-            points=ResumePoints(tmp_path / "resume"),
+            points=ResumePoints(tmp_path / points),
             reporter=reporters[-1],
             identity={"recipe": "this"},
         )
@@ -120,18 +179,101 @@ def test_a_stage_trains_its_own_parameters_and_sees_every_row_each_epoch(
         assert torch.equal(value, before[name]) == name.startswith("backbone.")
 
 
-def test_patience_stops_early_and_the_best_weights_stay(make_run: Callable[..., Run]) -> None:
-    class Spoiling(Heads):
-        """Flips the last head's answers after each batch: every evaluation is worse."""
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """Mean accuracy and weights of every evaluation on held-out rows."""
+    seen: list[tuple[float, dict[str, torch.Tensor]]] = []
 
-        def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
-            for _ in range(2):
-                yield -joint_loss(self.model.logits(batch), batch.labels, torch.ones(3), "sum")
+    def spy(model: MultiExitModel, rows: EncodedRows) -> list[float]:
+        accuracies = exit_accuracies(model, rows)
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        seen.append((sum(accuracies) / len(accuracies), weights))
+        return accuracies
 
-    run = make_run(lambda model, recipe: [Spoiling(model, 50)], patience=2, evaluate_every_steps=1)
+    monkeypatch.setattr(loop, "exit_accuracies", spy)
+    return seen
+
+
+def spoiling(model: MultiExitModel, recipe: Recipe) -> list[Stage]:
+    return [Spoiling(model, 50)]
+
+
+def test_patience_stops_early_and_the_best_weights_stay(
+    make_run: Callable[..., Run],
+    evaluated: list[tuple[float, dict[str, torch.Tensor]]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = make_run(spoiling, patience=2, evaluate_every_steps=1)
     train(run)
     assert run.position.steps < 40  # of 50 * 10 * 2
     assert run.position.stage == 1
+    best = max(evaluated, key=lambda one: one[0])  # the first of equals
+    assert evaluated.index(best) == len(evaluated) - 3
+    assert not torch.equal(best[1]["exits.classifiers.0.weight"],
+                           evaluated[-1][1]["exits.classifiers.0.weight"])  # fmt: skip
+    assert_same_bits(state_of(run), best[1])
+    assert "stopped: no better for 2 evaluations" in capsys.readouterr().err
+
+
+def test_a_stage_without_it_keeps_the_newest_weights(
+    make_run: Callable[..., Run], evaluated: list[tuple[float, dict[str, torch.Tensor]]]
+) -> None:
+    run = make_run(spoiling, patience=2, evaluate_every_steps=1)
+    run.stages[0].keeps_best = False
+    train(run)
+    assert_same_bits(state_of(run), evaluated[-1][1])
+
+
+@pytest.mark.parametrize("batch_number", [2, 3, 4])
+def test_a_resumed_run_has_the_patience_that_was_left(
+    make_run: Callable[..., Run], batch_number: int
+) -> None:
+    settings: dict[str, Any] = {
+        "patience": 3,
+        "evaluate_every_steps": 1,
+        "checkpoint_every_steps": 1,
+    }
+    whole = make_run(spoiling, "whole", **settings)
+    train(whole)
+    killed_at(make_run(spoiling, **settings), batch_number)
+    resumed = make_run(spoiling, **settings)
+    train(resumed)
+    assert resumed.position.steps == whole.position.steps
+    assert_same_bits(state_of(resumed), state_of(whole))
+
+
+def test_a_stages_own_state_survives_a_kill(make_run: Callable[..., Run]) -> None:
+    def weighing(model: MultiExitModel, recipe: Recipe) -> list[Stage]:
+        return [Weighing(model, 2)]
+
+    whole = make_run(weighing, "whole")
+    train(whole)
+    killed_at(make_run(weighing), 15)  # in epoch 1; the newest point is after batch 12
+    resumed = make_run(weighing)
+    train(resumed)
+    one, two = whole.stages[0], resumed.stages[0]
+    assert isinstance(one, Weighing)
+    assert isinstance(two, Weighing)
+    assert two.calls == []  # prepared and begun before the kill
+    assert set(two.seen.values()) == {2}
+    assert torch.equal(one.mean, two.mean)
+    assert_same_bits(state_of(resumed), state_of(whole))
+
+
+def test_a_run_resumed_after_its_time_ends_with_its_best_weights(
+    make_run: Callable[..., Run],
+    evaluated: list[tuple[float, dict[str, torch.Tensor]]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = {"evaluate_every_steps": 1, "checkpoint_every_steps": 1}
+    killed_at(make_run(spoiling, **settings), 5)
+    resumed = make_run(spoiling, max_minutes=1e-9, **settings)
+    train(resumed)
+    assert resumed.position.stage == 1
+    best = max(evaluated, key=lambda one: one[0])
+    assert best[0] > evaluated[-1][0]
+    assert_same_bits(state_of(resumed), best[1])
+    assert "stopped: out of time" in capsys.readouterr().err
 
 
 def test_out_of_time_ends_the_run_with_what_there_is(make_run: Callable[..., Run]) -> None:

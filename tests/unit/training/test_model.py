@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from offramp_model.checkpoint import load_checkpoint
 from offramp_model.recorded import record_exits
@@ -16,9 +16,21 @@ from offramp_training.batches import EncodedRows
 from offramp_training.config import DEFAULT_BACKBONE, ModelSection
 from offramp_training.data import load_split
 from offramp_training.errors import BackboneError, RecipeError
-from offramp_training.model import MultiExitModel, build_model, load_backbone
+from offramp_training.model import MultiExitModel, build_model, load_backbone, load_tokenizer
 
 LABELS = ("pleasure", "dread", "craft")
+
+
+def variant(backbone: Path, target: Path, *, drop: str | None = None, **config: Any) -> Path:
+    """A copy of the backbone without the weights under a prefix, with other settings."""
+    shutil.copytree(backbone, target)
+    table = json.loads((backbone / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**table, **config}))
+    if drop is not None:
+        kept = load_file(backbone / "model.safetensors")
+        kept = {name: value for name, value in kept.items() if not name.startswith(drop)}
+        save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+    return target
 
 
 def test_training_and_serving_give_the_same_logits(checkpoint: Path, data: Path) -> None:
@@ -64,11 +76,68 @@ def test_what_the_backbone_cannot_do_is_refused(
 
 
 def test_unserved_families_are_refused(backbone: Path, tmp_path: Path) -> None:
-    shutil.copytree(backbone, tmp_path / "gpt")
-    config = json.loads((backbone / "config.json").read_text())
-    (tmp_path / "gpt" / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
-    with pytest.raises(BackboneError, match="'gpt2'; allowed: bert, roberta"):
-        load_backbone(tmp_path / "gpt")
+    with pytest.raises(BackboneError, match="'gpt2'; allowed: bert, electra, roberta"):
+        load_backbone(variant(backbone, tmp_path / "gpt", model_type="gpt2"))
+
+
+def test_what_cannot_be_served_is_not_trained(backbone: Path, tmp_path: Path) -> None:
+    quick = variant(backbone, tmp_path / "quick", hidden_act="quick_gelu")
+    with pytest.raises(BackboneError, match=r"cannot be served: .*'quick_gelu'"):
+        build_model(quick, ModelSection(max_length=16), LABELS, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"drop": "encoder.layer.1."}, r"no encoder\.layer\.1\.attention.*\(16 tensors\)"),
+        ({"drop": "embeddings.word"}, r"have no embeddings\.word_embeddings\.weight; every"),
+        ({"vocab_size": 40}, r"another shape of embeddings\.word_embeddings\.weight"),
+        ({"num_hidden_layers": 4}, r"no encoder\.layer\.3\."),
+        ({"num_hidden_layers": "four"}, "not a readable backbone: .*num_hidden_layers"),
+        ({"hidden_act": "nonsense"}, "not a readable backbone: KeyError: 'nonsense'"),
+    ],
+)
+def test_weights_that_are_not_in_the_file_are_not_made_up(
+    backbone: Path, tmp_path: Path, change: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(BackboneError, match=what):
+        load_backbone(variant(backbone, tmp_path / "changed", **change))
+
+
+def test_truncated_weights_are_refused(backbone: Path, tmp_path: Path) -> None:
+    path = variant(backbone, tmp_path / "short") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(BackboneError, match="not a readable backbone: SafetensorError"):
+        load_backbone(path.parent)
+
+
+@pytest.mark.parametrize("pooler", ["none", "shared", "per_exit"])
+def test_a_pooler_that_the_file_lacks_is_neither_kept_nor_random(
+    backbone: Path, tmp_path: Path, pooler: Any
+) -> None:
+    bare = variant(backbone, tmp_path / "bare", drop="pooler.")
+    section = ModelSection(pooler=pooler, max_length=16)
+    states = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        states.append(build_model(bare, section, LABELS, seed=5).state_dict())
+    assert not [name for name in states[0] if name.startswith("backbone.pooler")]
+    assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
+
+
+def test_tokenizers_that_do_not_fit_are_refused(backbone: Path, tmp_path: Path) -> None:
+    model = build_model(backbone, ModelSection(max_length=16), LABELS, seed=0)
+    largest = model.backbone.config.vocab_size - 1
+    model.backbone.config.vocab_size -= 1
+    with pytest.raises(BackboneError, match=f"gives ids up to {largest}, .* for {largest} ids"):
+        load_tokenizer(backbone, model)
+    broken = variant(backbone, tmp_path / "broken")
+    (broken / "tokenizer.json").write_text('{"model": 1}')
+    with pytest.raises(BackboneError, match="broken: not a readable tokenizer"):
+        load_tokenizer(broken, model)
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(BackboneError, match="no tokenizer; one needed of"):
+        backbones.resolve_backbone(str(broken))
 
 
 def test_backbones_that_are_not_there(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Resume points: state survives the disk, and a killed run ends with the same bits."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from offramp_model.checkpoint import load_checkpoint
 from offramp_training.config import make_recipe
-from offramp_training.errors import OutputError
+from offramp_training.errors import BackboneError, DataError, OutputError
 from offramp_training.fit import fit
 from offramp_training.objectives.joint import JointStage
 from offramp_training.resume import ResumePoints, load_tree, rng_state, save_tree, set_rng_state
+
+
+class Killed(Exception):
+    pass
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -80,15 +86,46 @@ def test_random_numbers_go_on_where_they_stopped(tmp_path: Path) -> None:
 def test_only_whole_points_are_found_and_only_the_newest_is_kept(tmp_path: Path) -> None:
     points = ResumePoints(tmp_path / "resume")
     assert points.load() is None
-    points.save(3, {"step": 3})
-    points.save(12, {"step": 12})
+    assert not points
+    for step in range(12):
+        points.save({"step": step})
     (tmp_path / "resume" / ".part-000000020").mkdir()  # as a kill while writing leaves it
-    assert points.load() == {"step": 12}
+    assert points
+    assert points.load() == {"step": 11}
     assert [path.name for path in (tmp_path / "resume").iterdir()] == ["point-000000012"]
 
 
-class Killed(Exception):
-    pass
+@pytest.mark.parametrize("killed_in", ["os.fsync", "pathlib.Path.rename", "shutil.rmtree"])
+def test_a_kill_at_any_moment_leaves_the_old_point_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
+) -> None:
+    def kill(path: Any, *_: Any, **__: Any) -> None:
+        if ".part" not in str(path) or killed_in != "shutil.rmtree":
+            raise Killed
+
+    points = ResumePoints(tmp_path / "resume")
+    points.save({"step": 7, "weights": torch.ones(3)})
+    with monkeypatch.context() as patch:
+        patch.setattr(killed_in, kill)
+        with pytest.raises(Killed):
+            points.save({"step": 7, "weights": torch.zeros(3)})
+    expected = torch.zeros(3) if killed_in == "shutil.rmtree" else torch.ones(3)
+    assert torch.equal(points.load()["weights"], expected)
+    points.save({"step": 8})
+    assert points.load() == {"step": 8}
+    assert len(list((tmp_path / "resume").iterdir())) == 1
+
+
+def test_a_damaged_point_is_passed_over_or_named(tmp_path: Path) -> None:
+    points = ResumePoints(tmp_path)
+    points.save({"step": 1})
+    newest = tmp_path / "point-000000002"
+    newest.mkdir()
+    (newest / "state.json").write_text("{")
+    assert points.load() == {"step": 1}
+    shutil.rmtree(tmp_path / "point-000000001")
+    with pytest.raises(OutputError, match="point-000000002 is damaged; allowed: --overwrite"):
+        points.load()
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, batch_number: int) -> None:
@@ -106,15 +143,24 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, batch_number: int) -> None:
     monkeypatch.setattr(JointStage, "losses", losses)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    "loop",
+    [
+        {},
+        {"precision": "bf16"},
+        {"epochs": 30, "evaluate_every_steps": 2, "patience": 3},
+        {"evaluate_every_steps": 3, "batch_tokens": 120},  # points fall on evaluations
+    ],
+    ids=lambda loop: "-".join(loop) or "plain",
+)
 def test_a_killed_run_ends_with_the_same_bits(
     tmp_path: Path,
     data: Path,
     recipe_table: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
-    precision: str,
+    loop: dict[str, Any],
 ) -> None:
-    recipe_table["loop"]["precision"] = precision
+    recipe_table["loop"].update(loop)
     recipe = make_recipe(recipe_table)
     whole = fit(recipe, tmp_path / "whole", data=str(data), calibrate=False)
     for batch_number in (2, 9, 5):  # before the first point, in epoch 1, in epoch 2
@@ -156,6 +202,72 @@ def test_another_recipe_does_not_take_up_the_run(
     with pytest.raises(OutputError, match="recipe and another training data"):
         fit(make_recipe(recipe_table), tmp_path / "out", data=str(data))
     fit(make_recipe(recipe_table), tmp_path / "out", data=str(data), overwrite=True)
+
+
+def test_a_refused_run_changes_nothing(
+    tmp_path: Path, data: Path, recipe_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, output = make_recipe(recipe_table), tmp_path / "out"
+    nowhere = make_recipe({**recipe_table, "model": {"backbone": str(tmp_path / "none")}})
+    with pytest.raises(BackboneError):
+        fit(nowhere, output, data=str(data))
+    assert list(tmp_path.iterdir()) == []
+
+    before = weights(fit(recipe, output, data=str(data), calibrate=False))
+    with pytest.raises(DataError):
+        fit(recipe, output, data=str(tmp_path / "none"), overwrite=True)
+    with pytest.raises(OutputError, match="finished checkpoint"):
+        fit(recipe, output, data=str(data))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    with monkeypatch.context() as patch:
+        kill_at(patch, 8)
+        with pytest.raises(Killed):
+            fit(recipe, output, data=str(data), overwrite=True)
+    points = sorted((tmp_path / "out.fit" / "resume").rglob("*"))
+    assert points
+    with pytest.raises(BackboneError):
+        fit(nowhere, output, data=str(data), overwrite=True)
+    assert sorted((tmp_path / "out.fit" / "resume").rglob("*")) == points
+    assert_same_bits(weights(output), before)
+    # Without --overwrite it goes on, and takes the place of the older one at the end.
+    assert_same_bits(weights(fit(recipe, output, data=str(data), calibrate=False)), before)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_kill_while_calibrating_is_made_good(
+    tmp_path: Path, data: Path, recipe_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    recipe, output = make_recipe(recipe_table), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("offramp_training.fit.evaluate_checkpoint", kill)
+        with pytest.raises(Killed):
+            fit(recipe, output, data=str(data))
+    assert not output.exists()
+    kill_at(monkeypatch, 1)  # nothing is trained again
+    assert (fit(recipe, output, data=str(data)) / "curve.png").is_file()
+    assert load_checkpoint(output).manifest.evaluation["rows"] == 48
+
+
+def test_outputs_that_cannot_be_made(
+    tmp_path: Path, data: Path, recipe_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(recipe_table)
+    (tmp_path / "file").write_text("")
+    for output, what in (
+        (Path(), "ends in a name"),
+        (Path("x/.."), "ends in a name"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "below" / "it", "Not a directory"),
+    ):
+        with pytest.raises(OutputError, match=what):
+            fit(recipe, output, data=str(data))
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    with pytest.raises(OutputError, match="is a mount point; give a directory below it"):
+        fit(recipe, tmp_path / "volume", data=str(data))
 
 
 @pytest.mark.slow

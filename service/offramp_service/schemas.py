@@ -5,7 +5,6 @@ faster than a validating framework. Their JSON schemas go into `/openapi.json`. 
 is checked elsewhere; here are types only.
 """
 
-import json
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -111,8 +110,17 @@ class ErrorResponse(Struct):
     error: ErrorDetail
 
 
+class _TolerantRequest(ClassifyRequest, forbid_unknown_fields=False, kw_only=True):
+    """The same, where unknown fields are passed over."""
+
+
 encode_json = msgspec.json.Encoder().encode
 _decode_request = msgspec.json.Decoder(ClassifyRequest).decode
+_decode_tolerantly = msgspec.json.Decoder(_TolerantRequest).decode
+# Cut up, not read: values stay bytes.
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_anything = msgspec.json.Decoder(msgspec.Raw).decode
 _FIELDS = frozenset(ClassifyRequest.__struct_fields__)
 _SPOKEN = {
     "float": "number",
@@ -138,9 +146,10 @@ def read_request(body: bytes) -> tuple[ClassifyRequest, list[str]]:
             was given and what is allowed.
     """
     try:
-        return _decode_request(body), []
-    except msgspec.ValidationError:
-        return _read_carefully(body)
+        try:
+            return _decode_request(body), []
+        except msgspec.ValidationError:
+            return _read_carefully(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(f"the body is not JSON: {error}", status=400) from None
     except RecursionError:
@@ -148,59 +157,47 @@ def read_request(body: bytes) -> tuple[ClassifyRequest, list[str]]:
 
 
 def _read_carefully(body: bytes) -> tuple[ClassifyRequest, list[str]]:
-    """The slow way, for bodies with unknown fields or with mistakes to explain."""
-    content = _read_anything(body)
-    if not isinstance(content, dict):
-        raise InvalidInput(f"the body is {_show(content)}, allowed is a JSON object")
-    if "messages" in content:
+    """For bodies with unknown fields or with mistakes to explain. It stays cheap: what nobody
+    knows can be large, and is never made into objects."""
+    try:
+        fields = _decode_fields(body)
+    except msgspec.ValidationError:
+        content = _decode_anything(body)
+        raise InvalidInput(f"the body is {_show(content)}, allowed is a JSON object") from None
+    if "messages" in fields:
         raise InvalidInput(
             "chat messages are not supported; send the text as input", param="messages"
         )
-    if "input" not in content:
+    if "input" not in fields:
         raise InvalidInput("input is missing; allowed is a text or a list", param="input")
-    known = {name: value for name, value in content.items() if name in _FIELDS}
     try:
-        return msgspec.convert(known, ClassifyRequest), [n for n in content if n not in _FIELDS]
+        request = _decode_tolerantly(body)
     except msgspec.ValidationError as error:
-        raise _explain(str(error), known) from None
+        raise _explain(str(error), fields) from None
+    return request, [name for name in fields if name not in _FIELDS]
 
 
-def _read_anything(body: bytes) -> Any:
-    """Any JSON; the standard library's reader helps out where a number is too large for msgspec,
-    so that the error can name the field."""
-    try:
-        try:
-            return msgspec.json.decode(body)
-        except msgspec.ValidationError:
-            content = json.loads(body, parse_constant=_refuse_constant)
-            json.dumps(content, ensure_ascii=False).encode()  # no half surrogates, please
-            return content
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"the body is not JSON: {error}", status=400) from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _explain(message: str, content: dict[str, Any]) -> InvalidInput:
+def _explain(message: str, fields: dict[str, msgspec.Raw]) -> InvalidInput:
     """msgspec's "Expected …, got … - at `$.field`", with the field first and the value given."""
     expected, _, path = message.partition(" - at `$.")
     path = path.rstrip("`")
     field = path.partition("[")[0]
+    given = fields[field]
+    if path != field:
+        given = _decode_items(given)[int(path[len(field) + 1 :].partition("]")[0])]
+    if expected.endswith("out of range"):
+        return InvalidInput(f"{path} is {_show(given)}, too large a number", param=path)
     types = expected.partition(", got")[0].removeprefix("Expected ").replace("`", "")
     allowed = " or ".join(_SPOKEN.get(one, one) for one in types.split(" | "))
     if field == "truncation_side":
         allowed = "left or right"
-    given = content.get(field)
-    if path != field and isinstance(given, list):
-        index = path[len(field) + 1 :].partition("]")[0]
-        given = given[int(index)] if index.isdigit() else given
     return InvalidInput(f"{path} is {_show(given)}, allowed is {allowed}", param=path)
 
 
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+def _show(value: msgspec.Raw) -> str:
+    """The JSON as the client wrote it, or its beginning."""
+    start = memoryview(value)[: 4 * (_SHOWN + 1)]  # a character has at most 4 bytes
+    text = bytes(start).decode(errors="replace")
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 

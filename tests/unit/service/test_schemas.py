@@ -1,6 +1,7 @@
 """Reading `/classify` bodies: what is accepted, and how a refusal is worded."""
 
 import json
+import tracemalloc
 
 import pytest
 
@@ -61,9 +62,36 @@ def test_refusals_name_the_field_the_value_and_what_is_allowed(
     assert message in error.value.message
 
 
-def test_numbers_beyond_all_bounds_reach_the_range_check() -> None:
-    request, _ = read_request(b'{"input": "a", "speedup": 1e999}')
-    assert request.speedup == float("inf")
+@pytest.mark.parametrize(
+    ("field", "number"),
+    [
+        ("speedup", b"1e999"),
+        ("speedup", b"1" + b"0" * 400),
+        ("min_layer", b"-1" + b"0" * 5000),
+        ("input[1]", b"1" + b"0" * 5000),
+    ],
+)
+def test_numbers_beyond_all_bounds_are_named_and_not_repeated(field: str, number: bytes) -> None:
+    body = (
+        b'{"input": [1, %s]}' if "[" in field else b'{"input": "a", "' + field.encode() + b'": %s}'
+    )
+    with pytest.raises(InvalidInput, match="too large a number") as error:
+        read_request(body % number)
+    assert (error.value.status, error.value.param) == (422, field)
+    assert len(error.value.message) < 200
+
+
+def test_unknown_fields_are_never_made_into_objects() -> None:
+    """Nearly 2 MB of them, once 0.7 s of the event loop; measured in memory, which is steadier."""
+    body = b'{"input": "a", "zz": [' + b",".join([b'{"a": [1, 2]}'] * 120_000) + b"]}"
+    tracemalloc.start()
+    try:
+        request, ignored = read_request(body)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (request.input, ignored) == ("a", ["zz"])
+    assert peak < 100_000
 
 
 def test_deep_nesting_is_refused() -> None:

@@ -1,8 +1,8 @@
 """`create_app(settings)`: wiring and lifespan only.
 
-Life of a request: a door in `routes/` reads it → `pipeline` tokenises → `batcher` admits, queues
-and forms a batch → `engine`, in its own thread, runs the layers and answers each text where it
-leaves → the door words the response.
+Life of a request: a door in `routes/` reads it → `batcher` admits it → `pipeline` tokenises →
+`batcher` queues it and forms a batch → `engine`, in its own thread, runs the layers and answers
+each text where it leaves → the door words the response.
 """
 
 import asyncio
@@ -15,8 +15,10 @@ from importlib.metadata import version
 
 from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp_service.batcher import Batcher, Limits
 from offramp_service.engine import Engine
@@ -53,16 +55,24 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
         routes=[path for one in DOORS for path in one.PATHS],
     )
     engine = Engine(model.stack, model.policy, device=model.device, threads=settings.engine_threads)
-    batcher = Batcher(engine, _limits(settings), metrics)
+    batcher = Batcher(engine, _limits(settings, model), metrics)
     lifecycle = Lifecycle()
     pipeline = Pipeline(settings, model, batcher, metrics, lifecycle)
     thread = _EngineThread(engine, batcher, model.max_input_length)
-    _describe(metrics, model, lifecycle)
+
+    def engine_alive() -> bool:
+        return thread.is_alive() and not batcher.stuck
+
+    def ready() -> bool:
+        return lifecycle.ready and engine_alive()
+
+    metrics.watch_service(ready=ready, inflight=lambda: lifecycle.inflight)
+    _describe(metrics, model)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await thread.warm()
-        lifecycle.phase = "ready"
+        lifecycle.warmed()
         try:
             yield
         finally:
@@ -79,9 +89,10 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
     )
     for one in DOORS:
         app.include_router(one.router(pipeline))
-    app.include_router(probes.router(lifecycle, lambda: thread.is_alive() and not batcher.stuck))
+    app.include_router(probes.router(lifecycle, engine_alive=engine_alive, ready=ready))
     app.include_router(info.router(pipeline))
     _map_errors(app, metrics)
+    app.add_middleware(_Farewell, lifecycle=lifecycle)
     app.state.pipeline = pipeline
     return app
 
@@ -110,20 +121,41 @@ class _EngineThread(threading.Thread):
             self._loop.call_soon_threadsafe(self._warm.set_exception, error)
             return
         self._loop.call_soon_threadsafe(self._warm.set_result, None)
-        self._batcher.serve()
+        try:
+            self._batcher.serve()
+        except BaseException:
+            log.critical("the engine thread died", exc_info=True)
+            self._loop.call_soon_threadsafe(self._batcher.close, "the engine has stopped")
 
 
-def _limits(settings: Settings) -> Limits:
+class _Farewell:
+    """Once the service is leaving, every answer ends its connection.
+
+    The client's next request opens another one, which a balancer leads to another replica.
+    """
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
+        self._app, self._lifecycle = app, lifecycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_on(message: Message) -> None:
+            if self._lifecycle.leaving and message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
+        await self._app(scope, receive, send_on)
+
+
+def _limits(settings: Settings, model: ServedModel) -> Limits:
     return Limits(
         max_batch_tokens=settings.max_batch_tokens,
-        max_batch_texts=settings.max_batch_requests,
+        max_batch_texts=model.max_batch_texts,
         max_texts=settings.max_concurrent_requests,
         max_queued_tokens=settings.max_queued_tokens,
     )
 
 
-def _describe(metrics: Metrics, model: ServedModel, lifecycle: Lifecycle) -> None:
-    metrics.watch_service(ready=lambda: lifecycle.ready, inflight=lambda: lifecycle.inflight)
+def _describe(metrics: Metrics, model: ServedModel) -> None:
     metrics.describe_model(
         default_speedup=model.default_speedup,
         facts={
@@ -146,6 +178,8 @@ def _map_errors(app: FastAPI, metrics: Metrics) -> None:
         if call is not None:
             metrics.request_done(call.route, error.status, call.seconds)
             headers["x-request-id"] = call.request_id
+            # Without the message, which may repeat a piece of a text.
+            log.debug("request %s: %d %s", call.request_id, error.status, error.kind)
         metrics.request_failed(error.reason)
         if error.retry_after_s is not None:
             headers["retry-after"] = str(error.retry_after_s)

@@ -1,17 +1,17 @@
 """Admission, the queue, and batches: which text is computed when, and who gets which answer.
 
-The batcher knows time and promises, not tensors and not HTTP. Routes submit client batches on the
+The batcher knows promises, not tensors and not HTTP. Routes admit and submit client batches on the
 event loop; the engine thread runs `serve`, which takes what is queued, up to the token budget, the
 moment the engine is idle. There is no timer: an idle engine never waits for company, and while it
 computes the next batch gathers by itself.
 
-Who owns what. A client batch's answers, its future and the count of unanswered texts belong to
-the event loop; the engine thread only posts to it. The queue belongs to both and is touched under
-one lock, for microseconds.
+Who owns what. A client batch's answers, its future and the room it takes belong to the event loop;
+the engine thread only posts to it. The queue belongs to both and is touched under one lock, for
+microseconds.
 
-A text is answered exactly once: by its answer, or with its whole client batch by the first
-failure, timeout or departure of the client, whichever comes first. Whatever comes later finds the
-future done and is dropped.
+A text is answered exactly once: by its answer, or with its whole client batch by the first failure
+or by the end of its request (deadline, departure of the client), whichever comes first. Whatever
+comes later finds the future done and is dropped.
 """
 
 import asyncio
@@ -19,19 +19,18 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from offramp_service.errors import (
-    ClientGone,
-    DeadlineExceeded,
     EngineFailed,
     InvalidInput,
     NotReady,
     Overloaded,
     ServiceError,
 )
-from offramp_service.jobs import Answer, Engine, Job, TimedAnswer
+from offramp_service.jobs import Answer, Engine, Job, Left, TimedAnswer
 from offramp_service.metrics import DispatchReason, Metrics, QueueView
 
 log = logging.getLogger(__name__)
@@ -39,27 +38,36 @@ log = logging.getLogger(__name__)
 # A batch that computes longer than this is taken for stuck by /livez.
 STUCK_AFTER_S = 60.0
 
-Left = Sequence[tuple[int, Answer | Exception]]
-
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What the queue and a batch may hold. `max_texts` are admitted and not yet answered."""
 
     max_batch_tokens: int
-    max_batch_texts: int | None
+    max_batch_texts: int
     max_texts: int
     max_queued_tokens: int
 
 
 class ClientBatch:
-    """The texts of one request: all are answered, or the request fails as a whole."""
+    """The texts of one request: all are answered, or the request fails as a whole.
 
-    def __init__(self, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop) -> None:
-        self.jobs = jobs
+    Admitted empty, before its texts are tokenised; `submit` fills it.
+    """
+
+    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop) -> None:
+        self.request_id = request_id
         self.future: asyncio.Future[list[TimedAnswer]] = loop.create_future()
-        self._answers: list[TimedAnswer | None] = [None] * len(jobs)
+        self.jobs: Sequence[Job] = ()
+        self._answers: list[TimedAnswer | None] = []
+        self._missing = 0
+
+    def fill(self, jobs: Sequence[Job], now: float) -> None:
+        self.jobs = jobs
+        self._answers = [None] * len(jobs)
         self._missing = len(jobs)
+        for index, job in enumerate(jobs):
+            job.waiter, job.index, job.queued_at = self, index, now
 
     @property
     def abandoned(self) -> bool:
@@ -67,18 +75,17 @@ class ClientBatch:
         return self.future.done()
 
     @property
-    def unanswered(self) -> int:
-        return self._missing
+    def complete(self) -> bool:
+        return not self._missing
 
-    def answer(self, index: int, answer: TimedAnswer) -> bool:
-        """Note an answer; False if it was not expected any more."""
+    def answer(self, index: int, answer: TimedAnswer) -> None:
+        """Note an answer, unless it is not expected any more."""
         if self.future.done() or self._answers[index] is not None:
-            return False
+            return
         self._answers[index] = answer
         self._missing -= 1
         if not self._missing:
             self.future.set_result([one for one in self._answers if one is not None])
-        return True
 
     def answered(self, index: int) -> bool:
         return self._answers[index] is not None
@@ -103,8 +110,9 @@ class Batcher:
         self._engine, self._limits, self._metrics, self._clock = engine, limits, metrics, clock
         # Event loop only:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._open: set[ClientBatch] = set()
+        self._open: set[ClientBatch] = set()  # submitted and unanswered
         self._texts = 0  # admitted and unanswered
+        self._farewell = ""  # why it was closed
         # Both sides, under the lock of `_changed`:
         self._changed = threading.Condition()
         self._queue: OrderedDict[Job, None] = OrderedDict()
@@ -139,88 +147,84 @@ class Batcher:
 
     # -- event loop --------------------------------------------------------------------------
 
-    async def submit(
-        self,
-        jobs: Sequence[Job],
-        *,
-        timeout_s: float | None = None,
-        gone: Callable[[], Coroutine[object, object, object]] | None = None,
-    ) -> list[TimedAnswer]:
-        """Admit a client batch as a whole and wait for its answers, in its own order.
+    @contextmanager
+    def admit(self, texts: int, request_id: str) -> Iterator[ClientBatch]:
+        """Room for the texts of a request, for all or none, until the block is left.
 
-        Args:
-            timeout_s: give up after so long.
-            gone: completes when the client no longer waits.
+        It is taken before they are tokenised: whoever is refused has cost next to nothing.
 
         Raises:
-            Overloaded, NotReady, InvalidInput: not admitted.
-            DeadlineExceeded, ClientGone, EngineFailed: admitted, then failed.
+            Overloaded, NotReady, InvalidInput: there is no room.
         """
-        loop = asyncio.get_running_loop()
-        batch = self._admit(jobs, loop)
-        reasons_to_stop: list[asyncio.TimerHandle | asyncio.Task[object]] = []
-        if timeout_s is not None:
-            late = DeadlineExceeded(f"no answer within {timeout_s * 1000:.0f} ms")
-            reasons_to_stop.append(loop.call_later(timeout_s, batch.fail, late))
-        if gone is not None:
-            watcher = loop.create_task(gone())
-            watcher.add_done_callback(lambda _: batch.fail(ClientGone("the client has left")))
-            reasons_to_stop.append(watcher)
+        most = self._limits.max_texts
+        self._check_open()
+        if not texts:
+            raise InvalidInput("nothing to classify", status=400)
+        if texts > most:
+            raise InvalidInput(
+                f"{texts} texts can never be queued at once; at most {most} can", status=413
+            )
+        if self._texts + texts > most:
+            raise Overloaded(f"queue is full ({most} requests)")
+        self._texts += texts
         try:
-            return await batch.future
+            yield ClientBatch(request_id, asyncio.get_running_loop())
         finally:
-            for reason in reasons_to_stop:
-                reason.cancel()
-            self._release(batch)
+            self._texts -= texts
 
-    def close(self) -> None:
-        """Admit nothing more, let go of everybody still waiting, and end `serve`."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        for batch in self._open:
-            batch.fail(NotReady("the server is shutting down"))
+    async def submit(self, batch: ClientBatch, jobs: Sequence[Job]) -> list[TimedAnswer]:
+        """Queue the texts of an admitted client batch and wait for their answers, in their order.
 
-    def _admit(self, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop) -> ClientBatch:
+        Whoever gives up cancels it.
+
+        Raises:
+            Overloaded, NotReady, InvalidInput: they could not be queued.
+            NotReady, EngineFailed: they were, and got no answer.
+        """
         tokens = sum(job.tokens for job in jobs)
-        self._check_room(len(jobs), tokens)
-        self._loop = loop
-        batch = ClientBatch(jobs, loop)
-        now = self._clock()
-        for index, job in enumerate(jobs):
-            job.waiter, job.index, job.queued_at = batch, index, now
+        self._check_open()
+        self._check_tokens(tokens)
+        self._loop = asyncio.get_running_loop()
+        batch.fill(jobs, self._clock())
         self._open.add(batch)
-        self._texts += len(jobs)
         with self._changed:
             self._queue.update(dict.fromkeys(jobs))
             self._queued_tokens += tokens
             self._queued_work += sum(job.controls.expected_layers for job in jobs)
             self._changed.notify()
-        return batch
+        try:
+            return await batch.future
+        finally:
+            self._leave(batch)
 
-    def _check_room(self, texts: int, tokens: int) -> None:
-        limits = self._limits
+    def close(self, farewell: str = "the server is shutting down") -> None:
+        """Let go of everybody still waiting, admit nothing more, and end `serve`."""
+        # Failed first, so that the engine takes none of them in the meantime.
+        for batch in self._open:
+            batch.fail(NotReady(farewell))
+        self._farewell = farewell
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _check_open(self) -> None:
         if self._closed:
-            raise NotReady("the server is shutting down")
-        if not texts:
-            raise InvalidInput("nothing to classify", status=400)
-        if texts > limits.max_texts or tokens > limits.max_queued_tokens:
-            raise InvalidInput(
-                f"{texts} texts with {tokens} tokens can never be queued at once; at most "
-                f"{limits.max_texts} texts and {limits.max_queued_tokens} tokens can",
-                status=413,
-            )
-        if self._texts + texts > limits.max_texts:
-            raise Overloaded(f"queue is full ({limits.max_texts} requests)")
-        if self._queued_tokens + tokens > limits.max_queued_tokens:
-            raise Overloaded(f"queue is full ({limits.max_queued_tokens} tokens)")
+            raise NotReady(self._farewell)
 
-    def _release(self, batch: ClientBatch) -> None:
-        """Give back the room of whatever was not answered, queued texts first of all."""
+    def _check_tokens(self, tokens: int) -> None:
+        most = self._limits.max_queued_tokens
+        if tokens > most:
+            raise InvalidInput(
+                f"{tokens} tokens can never be queued at once; at most {most} can", status=413
+            )
+        if self._queued_tokens + tokens > most:
+            raise Overloaded(f"queue is full ({most} tokens)")
+
+    def _leave(self, batch: ClientBatch) -> None:
+        """Nobody waits for it any more; take those of its texts out that still do."""
         self._open.discard(batch)
-        if not batch.unanswered:
+        if batch.complete:
             return
-        self._texts -= batch.unanswered
         with self._changed:
             for job in batch.jobs:
                 if job in self._queue:
@@ -228,18 +232,16 @@ class Batcher:
 
     def _settle(self, answers: Sequence[tuple[Job, TimedAnswer | ServiceError]]) -> None:
         for job, answer in answers:
-            batch = job.waiter
-            assert isinstance(batch, ClientBatch)
+            batch = _client_batch(job)
             if isinstance(answer, ServiceError):
                 batch.fail(answer)
-            elif batch.answer(job.index, answer):
-                self._texts -= 1
+            else:
+                batch.answer(job.index, answer)
 
     def _finish(self, jobs: Sequence[Job], failure: ServiceError) -> None:
         """Nobody may wait for a batch that is over."""
         for job in jobs:
-            batch = job.waiter
-            assert isinstance(batch, ClientBatch)
+            batch = _client_batch(job)
             if not batch.answered(job.index):
                 batch.fail(failure)
 
@@ -247,24 +249,20 @@ class Batcher:
 
     def serve(self) -> None:
         """The engine thread's main loop, until `close`."""
-        while jobs := self._next_batch():
-            self._busy_since = self._clock()
-            self._run(jobs)
-            self._busy_since = None
+        while True:
+            jobs, reason = self._next_batch()
+            if not jobs:
+                return
+            self._run(jobs, reason)
 
-    def _next_batch(self) -> list[Job]:
+    def _next_batch(self) -> tuple[list[Job], DispatchReason]:
         """Wait for work; an empty batch means closed."""
         with self._changed:
             while True:
                 jobs, reason = self._take()
                 if jobs or self._closed:
-                    break
+                    return jobs, reason
                 self._changed.wait()
-        if jobs:
-            now = self._clock()
-            waits = [now - job.queued_at for job in jobs]
-            self._metrics.batch_formed(reason, sum(job.tokens for job in jobs), waits)
-        return jobs
 
     def _take(self) -> tuple[list[Job], DispatchReason]:
         """First come, first served, as many as fit the token budget."""
@@ -291,40 +289,51 @@ class Batcher:
         if not self._queue:
             self._queued_work = 0.0
 
-    def _run(self, jobs: list[Job]) -> None:
+    def _run(self, jobs: list[Job], reason: DispatchReason) -> None:
         """Compute a batch, answer its texts as they leave; a failure stays within the batch."""
-        started = self._clock()
-        exit_layers: list[int] = []
+        started = self._busy_since = self._clock()
+        broken: list[tuple[Job, Exception]] = []
         failure = EngineFailed("the engine gave no answer to this text")
         try:
+            waits = [started - job.queued_at for job in jobs]
+            self._metrics.batch_formed(reason, sum(job.tokens for job in jobs), waits)
+            depth = 0
             for left in self._engine(jobs):
-                exit_layers += self._hand_out(jobs, left, started)
+                self._metrics.layers_ran(range(depth + 1, left.exit_layer + 1), left.texts_run)
+                depth = left.exit_layer
+                broken += self._hand_out(jobs, left, started)
         except Exception:
-            log.exception("a batch of %d texts failed", len(jobs))
+            log.exception("a batch of %d texts failed, requests %s", len(jobs), _names(jobs))
             failure = EngineFailed("the model failed on this batch")
-        self._metrics.batch_done(exit_layers)
+        finally:
+            self._busy_since = None
+            self._metrics.batch_done(self._clock() - started)
+        if broken:
+            names = _names([job for job, _ in broken])
+            text = "%d of %d texts of a batch failed: %s, requests %s"
+            log.error(text, len(broken), len(jobs), broken[0][1], names)
         self._post(lambda: self._finish(jobs, failure))
 
-    def _hand_out(self, jobs: list[Job], left: Left, started: float) -> list[int]:
-        """Post the answers of those who left together; returns their exit layers."""
+    def _hand_out(self, jobs: list[Job], left: Left, started: float) -> list[tuple[Job, Exception]]:
+        """Post the answers of those who left together; returns those whose computation broke."""
         inference_s = self._clock() - started
         answers: list[tuple[Job, TimedAnswer | ServiceError]] = []
+        broken: list[tuple[Job, Exception]] = []
         exits: list[Answer] = []
-        for index, answer in left:
+        for index, answer in left.answers:
             job = jobs[index]
             if isinstance(answer, Exception):
-                log.error("one text of a batch failed: %s", answer)
+                broken.append((job, answer))
                 answers.append((job, EngineFailed(str(answer))))
             else:
                 exits.append(answer)
                 timed = TimedAnswer(answer, started - job.queued_at, inference_s)
                 answers.append((job, timed))
         # Counted first: whoever has an answer finds it in the metrics.
-        if exits:
-            layer = exits[0].exit_layer
-            self._metrics.texts_left(layer, (one.reason for one in exits), inference_s)
-        self._post(lambda: self._settle(answers))
-        return [one.exit_layer for one in exits]
+        self._metrics.texts_left(left.exit_layer, (one.reason for one in exits), inference_s)
+        if answers:
+            self._post(lambda: self._settle(answers))
+        return broken
 
     def _post(self, callback: Callable[[], None]) -> None:
         assert self._loop is not None
@@ -332,3 +341,14 @@ class Batcher:
             self._loop.call_soon_threadsafe(callback)
         except RuntimeError:  # the loop is closed: nobody is left to be answered
             log.warning("answers came after the event loop had closed")
+
+
+def _client_batch(job: Job) -> ClientBatch:
+    batch = job.waiter
+    assert isinstance(batch, ClientBatch)
+    return batch
+
+
+def _names(jobs: Sequence[Job]) -> str:
+    """The requests that these texts belong to, for the log."""
+    return ", ".join(dict.fromkeys(_client_batch(job).request_id for job in jobs))

@@ -99,7 +99,7 @@ class ControlDesk:
         depth, exits = self._model.num_layers, self._model.config.exit_layers
         for name, layer in (("min_layer", asked.min_layer), ("max_layer", asked.max_layer)):
             if layer is not None and not 1 <= layer <= depth:
-                raise InvalidInput(f"{name} is {layer}, allowed is 1 to {depth}", param=name)
+                raise InvalidInput(f"{name} is {layer!s:.40}, allowed is 1 to {depth}", param=name)
         low = 1 if asked.min_layer is None else asked.min_layer
         high = depth if asked.max_layer is None else asked.max_layer
         if low > high:

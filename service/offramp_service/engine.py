@@ -12,9 +12,7 @@ import torch
 from offramp_model.layer_loop import LayerStack, Leavers, layer_loop, start_rows
 from offramp_model.policies import ExitPolicy
 from offramp_model.rows import Encoding, RowSettings, TokenBatch
-from offramp_service.jobs import Answer, ExitReason, Job
-
-Left = list[tuple[int, Answer | Exception]]
+from offramp_service.jobs import Answer, ExitReason, Job, Left
 
 
 class Engine:
@@ -40,14 +38,12 @@ class Engine:
 
     @torch.inference_mode()
     def __call__(self, jobs: Sequence[Job]) -> Iterator[Left]:
-        """Answer every job that is not abandoned, exit by exit.
+        """Answer every job that is not abandoned, and say at every exit who ran to it.
 
         Raises:
             RuntimeError: not as many answers came out as texts went in.
         """
-        batch = TokenBatch.pack(
-            [Encoding(list(job.ids), list(job.type_ids)) for job in jobs], self._device
-        )
+        batch = TokenBatch.pack([Encoding(job.ids, job.type_ids) for job in jobs], self._device)
         rows = start_rows(self._stack, batch, self._policy, _settings(jobs))
 
         def abandoned(index: torch.Tensor) -> torch.Tensor:
@@ -56,14 +52,16 @@ class Engine:
 
         pending = set(range(len(jobs)))
         for leavers in layer_loop(self._stack, rows, self._policy, abandoned=abandoned):
-            left = self._answers(leavers)
-            for index, _ in left:
+            answers = self._answers(leavers)
+            for index, _ in answers:
                 pending.remove(index)  # KeyError: a row that left twice
-            yield left
+            yield Left(leavers.exit_layer, leavers.rows_run, answers)
         if lost := [index for index in pending if not jobs[index].abandoned]:
             raise RuntimeError(f"{len(jobs)} texts went in, {len(lost)} did not come out")
 
-    def _answers(self, leavers: Leavers) -> Left:
+    def _answers(self, leavers: Leavers) -> list[tuple[int, Answer | Exception]]:
+        if not leavers.row.numel():
+            return []
         layer = leavers.exit_layer
         probs = torch.softmax(leavers.logits, dim=-1)
         sound = leavers.logits.isfinite().all(dim=-1)
@@ -76,16 +74,17 @@ class Engine:
             leavers.by_policy.tolist(),
             sound.tolist(),
         )
-        left: Left = []
+        answers: list[tuple[int, Answer | Exception]] = []
         for row, label, logits, row_probs, signal, by_policy, is_sound in zip(
             *columns, strict=True
         ):
             if not is_sound:
-                left.append((row, ArithmeticError("the model's scores are not finite numbers")))
+                error = ArithmeticError("the model's scores are not finite numbers")
+                answers.append((row, error))
                 continue
             reason = self._reason(layer, by_policy=by_policy)
-            left.append((row, Answer(label, logits, row_probs, layer, signal, reason)))
-        return left
+            answers.append((row, Answer(label, logits, row_probs, layer, signal, reason)))
+        return answers
 
     def _reason(self, layer: int, *, by_policy: bool) -> ExitReason:
         if layer == self._stack.num_layers:

@@ -53,8 +53,8 @@ class Waiter(Protocol):
 class Job:
     """One text inside the service."""
 
-    ids: Sequence[int]
-    type_ids: Sequence[int]
+    ids: list[int]
+    type_ids: list[int]
     controls: Controls
     # Filled by the batcher on admission:
     waiter: Waiter = field(init=False)
@@ -71,7 +71,18 @@ class Job:
         return self.waiter.abandoned
 
 
-# Computes a batch. Yields, exit by exit, the answers of the texts that leave there, each with
-# its place in the batch; a text whose computation broke yields its error. Runs in the engine
-# thread only.
-Engine = Callable[[Sequence[Job]], Iterable[Sequence[tuple[int, Answer | Exception]]]]
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What happened at one exit: how many texts ran to it, and the answers of those who left.
+
+    Each answer comes with its text's place in the batch; a text whose computation broke leaves
+    with its error. Maybe nobody left.
+    """
+
+    exit_layer: int
+    texts_run: int
+    answers: Sequence[tuple[int, Answer | Exception]]
+
+
+# Computes a batch, exit by exit. Runs in the engine thread only.
+Engine = Callable[[Sequence[Job]], Iterable[Left]]

@@ -31,6 +31,16 @@ class Lifecycle:
     def started(self) -> bool:
         return self.phase != "starting"
 
+    @property
+    def leaving(self) -> bool:
+        """Traffic should go elsewhere: the process is about to end."""
+        return self.phase in ("draining", "closed")
+
+    def warmed(self) -> None:
+        """starting → ready, unless a drain has begun meanwhile."""
+        if self.phase == "starting":
+            self.phase = "ready"
+
     def enter(self) -> None:
         """A request comes in.
 

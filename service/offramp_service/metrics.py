@@ -7,6 +7,7 @@ series is fixed. Gauges of the queue are read from the queue when somebody scrap
 It knows nothing about HTTP, threads or tensors; whoever sees an event calls the method.
 """
 
+from bisect import bisect_right
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -74,11 +75,24 @@ class Metrics:
         self._request_s = self._seconds("request_duration_seconds", "From request to answer")
         self._tokenization_s = self._seconds("tokenization_duration_seconds", "Text to tokens")
         self._speedup_requested = self._histogram(
-            "speedup_requested", "Speed-up that a request asked for, in layers", SPEEDUPS
+            "speedup_requested", "Speed-up that an answered request asked for, in layers", SPEEDUPS
         )
         self._speedup_achieved = self._histogram(
-            "speedup_achieved", "Speed-up that a request got, in layers", SPEEDUPS
+            "speedup_achieved",
+            "Speed-up that such a request got, in layers. The mean over requests is not the "
+            "speed-up of the traffic, see offramp_speedup_layers_total",
+            SPEEDUPS,
         )
+        layers = self._counter(
+            "speedup_layers_total",
+            "Text-layers of answered requests by the speed-up that they asked for, rounded down to "
+            "a class. What a class got is all kinds over kind run, a ratio of sums",
+            *("speedup", "kind"),
+        )
+        self._speedup_layers = [
+            tuple(self._child(layers, speedup=f"{least:g}", kind=k) for k in ("run", "saved"))
+            for least in SPEEDUPS
+        ]
 
     def _make_exit_metrics(self) -> None:
         layers = range(1, self._num_layers + 1)
@@ -89,10 +103,12 @@ class Metrics:
             for layer in layers
             for reason in get_args(ExitReason)
         }
-        runs = self._counter("layer_executions_total", "Texts that ran a layer", "layer")
+        runs = self._counter(
+            "layer_executions_total", "Texts that ran a layer, answered in the end or not", "layer"
+        )
         self._runs = [self._child(runs, layer=str(layer)) for layer in layers]
         self._saved = self._child(
-            self._counter("layers_saved_total", "Text-layers that were not run")
+            self._counter("layers_saved_total", "Text-layers that answered texts did not run")
         )
         self._exit_layer = self._histogram(
             "exit_layer", "Layer after which a text left", tuple(layers)
@@ -107,7 +123,14 @@ class Metrics:
         self._real_tokens = self._child(tokens, kind="real")
         self._child(tokens, kind="padding")  # stays 0: batches are packed
         self._queue_s = self._seconds("queue_duration_seconds", "From admission to batch")
-        self._inference_s = self._seconds("inference_duration_seconds", "From batch to exit")
+        self._inference_s = self._seconds(
+            "inference_duration_seconds", "From batch to exit, of answered texts"
+        )
+        self._busy_s = self._child(
+            self._counter(
+                "engine_busy_seconds_total", "Time spent on batches, whatever became of them"
+            )
+        )
         self._oldest_s = self._seconds("oldest_wait_seconds", "Longest wait in a batch")
         self._batch_size = self._histogram("batch_size", "Texts in a batch", SIZES)
         self._batch_tokens = self._histogram("batch_tokens", "Tokens in a batch", TOKENS)
@@ -140,11 +163,14 @@ class Metrics:
     def tokenized(self, seconds: float) -> None:
         self._tokenization_s.observe(seconds)
 
-    def speedup_requested(self, speedup: float) -> None:
-        self._speedup_requested.observe(speedup)
-
-    def speedup_achieved(self, speedup: float) -> None:
-        self._speedup_achieved.observe(speedup)
+    def speedup_given(self, requested: float, texts: int, layers_run: int) -> None:
+        """A request that asked for a speed-up was answered."""
+        full = texts * self._num_layers
+        self._speedup_requested.observe(requested)
+        self._speedup_achieved.observe(full / layers_run)
+        run, saved = self._speedup_layers[bisect_right(SPEEDUPS, requested) - 1]
+        run.inc(layers_run)
+        saved.inc(full - layers_run)
 
     def batch_formed(self, reason: DispatchReason, tokens: int, waits_s: Sequence[float]) -> None:
         self._dispatched[reason].inc()
@@ -161,21 +187,18 @@ class Metrics:
             self._exits[layer, reason].inc(count)
             self._samples.inc(count)
             self._saved.inc(count * (self._num_layers - layer))
-            for runs in self._runs[:layer]:
-                runs.inc(count)
             for _ in range(count):
                 self._exit_layer.observe(layer)
                 self._inference_s.observe(inference_s)
 
-    def batch_done(self, exit_layers: Sequence[int]) -> None:
-        """How many texts of a batch ran each layer, from where they left."""
-        left = Tally(exit_layers)
-        inside = len(exit_layers)
-        for layer, survivors in enumerate(self._survivors, start=1):
-            if not inside:
-                break
-            survivors.observe(inside)
-            inside -= left[layer]
+    def layers_ran(self, layers: range, texts: int) -> None:
+        """So many texts of one batch ran these layers, whatever becomes of their answers."""
+        for layer in layers:
+            self._runs[layer - 1].inc(texts)
+            self._survivors[layer - 1].observe(texts)
+
+    def batch_done(self, seconds: float) -> None:
+        self._busy_s.inc(seconds)
 
     # -- gauges ------------------------------------------------------------------------------
 

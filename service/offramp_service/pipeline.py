@@ -1,21 +1,23 @@
-"""What every door shares: texts → tokens → admission → answers.
+"""What every door shares: admission → texts → tokens → answers.
 
-A door reads its own request format, calls `encode` and `answer`, and words its own response. The
-pipeline knows nothing about HTTP, and nothing about tensors either.
+A door reads its own request format, calls `admit`, `encode` and `answer`, and words its own
+response. Whoever gives up on a request cancels it, wherever it is. The pipeline knows nothing about
+HTTP, and nothing about tensors either.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from offramp_model.rows import Encoding
 from offramp_model.tokenizer import InputTooLong, Side, Text, TextTokenizer
-from offramp_service.batcher import Batcher
+from offramp_service.batcher import Batcher, ClientBatch
 from offramp_service.controls import ControlDesk
-from offramp_service.errors import InvalidInput
+from offramp_service.errors import InvalidInput, Overloaded
 from offramp_service.jobs import Controls, Job, TimedAnswer
 from offramp_service.lifecycle import Lifecycle
 from offramp_service.metrics import Metrics
@@ -61,12 +63,13 @@ class Pipeline:
         self.batcher, self.lifecycle = batcher, lifecycle
         self.controls = ControlDesk(model)
         self._tokenizer: TextTokenizer = model.tokenizer
-        self._vocab_size = model.tokenizer.vocab_size
         self._specials = {
             pair: len(self._tokenizer.encode([("", "")] if pair else [""], truncate=False)[0])
             for pair in (False, True)
         }
         self._workers = ThreadPoolExecutor(settings.tokenization_workers, "tokenize")
+        self._free_workers = asyncio.Semaphore(settings.tokenization_workers)
+        self._queued_characters = 0  # of the texts for the workers, waiting or at work
 
     def close(self) -> None:
         """Stop the tokenisation threads."""
@@ -76,8 +79,14 @@ class Pipeline:
         """Special tokens that tokenising puts around a text or a pair."""
         return self._specials[pair]
 
-    def check_count(self, count: int, param: str) -> None:
-        """One request may carry so many texts, and at least one."""
+    @contextmanager
+    def admit(self, count: int, param: str, request_id: str) -> Iterator[ClientBatch]:
+        """Room for the texts of one request, until the block is left.
+
+        Raises:
+            InvalidInput: a request may not carry so many texts, or none.
+            ServiceError: see `Batcher.admit`.
+        """
         most = self.settings.max_client_batch_size
         if count == 0:
             raise InvalidInput(f"{param} is empty", param=param, status=400)
@@ -85,6 +94,8 @@ class Pipeline:
             raise InvalidInput(
                 f"{param} has {count} texts, at most {most} are allowed", param=param, status=413
             )
+        with self.batcher.admit(count, request_id) as batch:
+            yield batch
 
     async def encode(
         self,
@@ -98,6 +109,7 @@ class Pipeline:
 
         Raises:
             InvalidInput: a text is empty or too long; names it.
+            Overloaded: too much text waits for tokenisation.
         """
         started = time.perf_counter()
         for index, text in enumerate(texts):
@@ -107,10 +119,11 @@ class Pipeline:
             self._tokenize, texts, place, cut=cut, add_special_tokens=add_special_tokens
         )
         # A limit of its own goes through a lock in the tokenizer: never on the event loop.
-        if cut in (None, Cut()) and _characters(texts) <= INLINE_CHARACTERS:
+        characters = _characters(texts)
+        if cut in (None, Cut()) and characters <= INLINE_CHARACTERS:
             encodings = encode()
         else:
-            encodings = await asyncio.get_running_loop().run_in_executor(self._workers, encode)
+            encodings = await self._in_worker(characters, encode)
         self.metrics.tokenized(time.perf_counter() - started)
         return encodings
 
@@ -120,52 +133,68 @@ class Pipeline:
         """Token ids that the client made, taken as they are.
 
         Raises:
-            InvalidInput: there are none, too many, or one that the vocabulary does not have.
+            InvalidInput: there are none, too many, or one that the model has no embedding for.
         """
-        encodings = []
+        encodings, largest = [], self.model.vocab_size - 1
         for index, ids in enumerate(texts):
             where = place.of(index)
             if not ids:
                 raise InvalidInput(f"{where} is empty", param=where, status=400)
-            if not 0 <= min(ids) <= max(ids) < self._vocab_size:
-                wrong = next(one for one in ids if not 0 <= one < self._vocab_size)
+            ids = self.fit(ids, where, cut=cut)
+            if not 0 <= min(ids) <= max(ids) <= largest:
+                wrong = next(one for one in ids if not 0 <= one <= largest)
                 raise InvalidInput(
-                    f"{where} has token id {wrong}, allowed is 0 to {self._vocab_size - 1}",
-                    param=where,
+                    f"{where} has token id {wrong!s:.40}, allowed is 0 to {largest}", param=where
                 )
-            limit = self.model.max_input_length
-            if cut is not None:
-                limit = min(limit, cut.max_tokens or limit)
-                ids = ids[-limit:] if cut.side == "left" else ids[:limit]
-            if len(ids) > limit:
-                raise _too_long(where, len(ids), limit)
             encodings.append(Encoding(ids, [0] * len(ids)))
         return encodings
 
+    def fit(self, ids: list[int], where: str, *, cut: Cut | None) -> list[int]:
+        """Token ids cut to what is allowed; looks at their number only.
+
+        Raises:
+            InvalidInput: there are too many and they may not be cut.
+        """
+        limit = self.model.max_input_length
+        if cut is not None:
+            limit = min(limit, cut.max_tokens or limit)
+            return ids[-limit:] if cut.side == "left" else ids[:limit]
+        if len(ids) > limit:
+            raise _too_long(where, len(ids), limit)
+        return ids
+
     async def answer(
-        self,
-        encodings: Sequence[Encoding],
-        controls: Controls,
-        *,
-        gone: Callable[[], Coroutine[object, object, object]] | None = None,
+        self, batch: ClientBatch, encodings: Sequence[Encoding], controls: Controls
     ) -> list[TimedAnswer]:
-        """Admit, wait, and count what the request got.
+        """Queue, wait, and count what the request got.
 
         Raises:
             ServiceError: see `Batcher.submit`.
         """
-        if controls.speedup is not None:
-            self.metrics.speedup_requested(controls.speedup)
         jobs = [Job(one.ids, one.type_ids, controls) for one in encodings]
-        timeout_s = self.settings.request_timeout_ms / 1000
-        answers = await self.batcher.submit(jobs, timeout_s=timeout_s, gone=gone)
-        self.metrics.speedup_achieved(self.speedup_of(answers))
+        answers = await self.batcher.submit(batch, jobs)
+        if controls.speedup is not None:
+            layers_run = sum(one.answer.exit_layer for one in answers)
+            self.metrics.speedup_given(controls.speedup, len(answers), layers_run)
         return answers
 
-    def speedup_of(self, answers: Sequence[TimedAnswer]) -> float:
-        """Speed-up in layers that these texts got, a ratio of sums."""
-        layers_run = sum(one.answer.exit_layer for one in answers)
-        return self.model.num_layers * len(answers) / layers_run
+    async def _in_worker(
+        self, characters: int, encode: Callable[[], list[Encoding]]
+    ) -> list[Encoding]:
+        """Tokenise in a worker thread. Who waits for one waits here, where it can be cancelled;
+        a thread at work cannot, and is not free before it is done."""
+        most = self.settings.max_queued_characters
+        # However large, one request may always wait alone.
+        if self._queued_characters and self._queued_characters + characters > most:
+            raise Overloaded(f"queue is full ({most} characters)")
+        self._queued_characters += characters
+        try:
+            await self._free_workers.acquire()
+            work = asyncio.get_running_loop().run_in_executor(self._workers, encode)
+            work.add_done_callback(lambda _: self._free_workers.release())
+            return await asyncio.shield(work)
+        finally:
+            self._queued_characters -= characters
 
     def _tokenize(
         self, texts: Sequence[Text], place: Place, *, cut: Cut | None, add_special_tokens: bool
@@ -189,7 +218,7 @@ class Pipeline:
 
 
 def _characters(texts: Sequence[Text]) -> int:
-    return sum(len(text) if isinstance(text, str) else len("".join(text)) for text in texts)
+    return sum(len(one) if isinstance(one, str) else len(one[0]) + len(one[1]) for one in texts)
 
 
 def _too_long(where: str, length: int, limit: int) -> InvalidInput:

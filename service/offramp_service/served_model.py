@@ -8,8 +8,9 @@ cannot work is refused here, by name. It knows nothing about requests.
 import logging
 from dataclasses import dataclass
 
+from offramp_kernels.contract import MAX_ROWS
 from offramp_model.calibration import CalibrationTable
-from offramp_model.checkpoint import DTYPES, TOKENIZER, CheckpointError, load_checkpoint
+from offramp_model.checkpoint import DTYPES, CheckpointError, load_checkpoint
 from offramp_model.config import MultiExitConfig
 from offramp_model.layer_loop import LayerStack
 from offramp_model.policies import ExitPolicy, make_policy
@@ -41,7 +42,9 @@ class ServedModel:
     tokenizer: TextTokenizer
     device: str
     dtype: str
+    vocab_size: int  # token ids that the model has embeddings for
     max_input_length: int
+    max_batch_texts: int
     min_speedup: float
     max_speedup: float
     default_speedup: float
@@ -67,6 +70,7 @@ def load_model(settings: Settings) -> ServedModel:
         table = None
     max_input_length = _max_input_length(settings, checkpoint.model.max_length)
     least, most = _speedup_range(settings, table)
+    stack = checkpoint.stack(dtype=DTYPES[settings.dtype])
     return ServedModel(
         name=settings.model_name,
         version=settings.model_version,
@@ -74,11 +78,13 @@ def load_model(settings: Settings) -> ServedModel:
         config=checkpoint.model,
         policy=policy,
         table=table,
-        stack=checkpoint.stack(dtype=DTYPES[settings.dtype]),
-        tokenizer=TextTokenizer(settings.model_id / TOKENIZER, max_input_length),
+        stack=stack,
+        tokenizer=checkpoint.tokenizer(max_input_length),
         device="cpu",  # what "auto" means until there is another device
         dtype=settings.dtype,
+        vocab_size=stack.vocab_size,
         max_input_length=max_input_length,
+        max_batch_texts=_max_batch_texts(settings),
         min_speedup=least,
         max_speedup=most,
         default_speedup=_default_speedup(settings, least, most),
@@ -105,6 +111,14 @@ def _max_input_length(settings: Settings, longest: int) -> int:
         if effective > budget:
             raise SettingsError(f"{flag} {budget} does not hold one text of {effective} tokens")
     return effective
+
+
+def _max_batch_texts(settings: Settings) -> int:
+    """The operator's limit, within what the kernels take."""
+    wanted = settings.max_batch_requests
+    if wanted is not None and wanted > MAX_ROWS:
+        log.warning("--max-batch-requests %d: the engine takes at most %d", wanted, MAX_ROWS)
+    return min(wanted or MAX_ROWS, MAX_ROWS)
 
 
 def _speedup_range(settings: Settings, table: CalibrationTable | None) -> tuple[float, float]:

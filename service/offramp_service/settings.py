@@ -66,7 +66,8 @@ class Settings(BaseSettings):
         PositiveInt, Field(description="tokens the engine takes at once")
     ] = 2048
     max_batch_requests: Annotated[
-        PositiveInt | None, Field(description="texts the engine takes at once; default: no limit")
+        PositiveInt | None,
+        Field(description="texts the engine takes at once; default: the most that it can"),
     ] = None
     max_concurrent_requests: Annotated[
         PositiveInt, Field(description="texts admitted and not yet answered")
@@ -74,6 +75,9 @@ class Settings(BaseSettings):
     max_queued_tokens: Annotated[
         PositiveInt, Field(description="tokens waiting for the engine")
     ] = 65_536
+    max_queued_characters: Annotated[
+        PositiveInt, Field(description="characters of large requests waiting for tokenisation")
+    ] = 4_000_000
     max_client_batch_size: Annotated[PositiveInt, Field(description="texts in one request")] = 32
     max_input_length: Annotated[
         PositiveInt | None,
@@ -91,14 +95,20 @@ class Settings(BaseSettings):
         float, Field(ge=1.0, allow_inf_nan=False, description="for requests that name none")
     ] = 1.0
     min_speedup: Annotated[
-        float, Field(ge=1.0, allow_inf_nan=False, description="smallest a request may ask for")
+        float,
+        Field(
+            ge=1.0,
+            allow_inf_nan=False,
+            description="smallest speedup to ask for (threshold and layer bounds stay free)",
+        ),
     ] = 1.0
     max_speedup: Annotated[
         float | None,
         Field(
             ge=1.0,
             allow_inf_nan=False,
-            description="largest a request may ask for; default: the largest calibrated",
+            description="largest speedup to ask for (threshold and layer bounds stay free); "
+            "default: the largest calibrated",
         ),
     ] = None
     exit_policy: Annotated[

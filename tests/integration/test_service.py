@@ -3,6 +3,8 @@
 import asyncio
 import importlib.util
 import json
+import logging
+import shutil
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -18,6 +20,7 @@ from fastapi import FastAPI
 
 from offramp_model.checkpoint import load_checkpoint
 from offramp_model.recorded import record_exits
+from offramp_service.__main__ import main
 from offramp_service.app import create_app
 from offramp_service.settings import Settings
 
@@ -84,6 +87,61 @@ class Gate:
             yield from engine(jobs)
 
         batcher._engine = gated
+
+
+class TokenizerGate:
+    """Holds the tokenisation threads until it is opened, and counts what comes to them."""
+
+    def __init__(self) -> None:
+        self.opened, self.entered = threading.Event(), threading.Event()
+        self.calls = 0
+
+    def around(self, app: FastAPI) -> None:
+        tokenizer = app.state.pipeline.model.tokenizer
+        encode = tokenizer.encode
+
+        def gated(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            self.entered.set()
+            assert self.opened.wait(20)
+            return encode(*arguments, **options)
+
+        tokenizer.encode = gated
+
+
+LARGE = {"input": "w1 " * 1000, "truncate_prompt_tokens": -1}  # 3000 characters: for a worker
+
+
+def hang_up_after(*bodies: bytes, entered: threading.Event) -> tuple[Any, Any, list[Any]]:
+    """ASGI's receive and send of a client that leaves once its request is being worked on."""
+    messages = [{"type": "http.request", "body": body} for body in bodies]
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await asyncio.to_thread(entered.wait, 20)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    return receive, send, sent
+
+
+CLASSIFY = {
+    "type": "http",
+    "method": "POST",
+    "path": "/classify",
+    "headers": [],
+    "query_string": b"",
+}
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is awaited lies in a thread
+            await asyncio.sleep(0.001)
 
 
 async def post(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
@@ -264,10 +322,11 @@ async def test_mixed_speedups_share_a_batch_and_keep_their_meaning(
         gate.opened.set()
         alone = [await ask(index) for index in range(len(texts))]
         gate.opened.clear()
-        together = asyncio.gather(*(ask(index) for index in range(len(texts))))
-        await asyncio.sleep(0.05)
+        together = [asyncio.create_task(ask(index)) for index in range(len(texts))]
+        lifecycle = client.app.state.pipeline.lifecycle  # type: ignore[attr-defined]
+        await until(lambda: lifecycle.inflight == len(texts))
         gate.opened.set()
-        mixed = await together
+        mixed = await asyncio.gather(*together)
         values = await series(client)
     assert sample(values, "batch_size_count") < 2 * len(texts)
     for one, other in zip(alone, mixed, strict=True):
@@ -422,26 +481,8 @@ async def test_a_client_that_leaves_costs_nothing_more(running: Running) -> None
         app: FastAPI = client.app  # type: ignore[attr-defined]
         pipeline = app.state.pipeline
         body = json.dumps({"input": ["w1", "w2", "w3"]}).encode()
-        messages = [{"type": "http.request", "body": body}]
-        sent: list[Any] = []
-
-        async def receive() -> dict[str, Any]:
-            if messages:
-                return messages.pop()
-            await asyncio.to_thread(gate.entered.wait, 20)
-            return {"type": "http.disconnect"}
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": "/classify",
-            "headers": [],
-            "query_string": b"",
-        }
-        await app(scope, receive, send)
+        receive, send, sent = hang_up_after(body, entered=gate.entered)
+        await app(dict(CLASSIFY), receive, send)
         assert sent[0]["status"] == 499
         assert pipeline.batcher.unanswered == 0
         values = await series(client)
@@ -453,6 +494,74 @@ async def test_a_client_that_leaves_costs_nothing_more(running: Running) -> None
     assert sample(values, "samples_total") == 1
 
 
+# -- limits before tokenising ----------------------------------------------------------------
+
+
+async def test_the_deadline_covers_tokenising(running: Running) -> None:
+    gate = TokenizerGate()
+    async with running(gate.around, request_timeout_ms=100) as client:
+        late = await asyncio.gather(*(post(client, **LARGE) for _ in range(3)))
+        assert [one.status_code for one in late] == [504] * 3
+        gate.opened.set()
+        assert (await post(client, **LARGE)).status_code == 200
+        # One was at work, two were given up before they were begun.
+        assert gate.calls == 2
+        assert client.app.state.pipeline.batcher.unanswered == 0  # type: ignore[attr-defined]
+
+
+async def test_room_for_texts_is_taken_before_tokenising(running: Running) -> None:
+    gate = TokenizerGate()
+    limits = {"max_concurrent_requests": 2, "max_client_batch_size": 2}
+    async with running(gate.around, **limits) as client:
+        waiting = [asyncio.create_task(post(client, **LARGE)) for _ in range(2)]
+        await asyncio.to_thread(gate.entered.wait, 20)
+        refused = await post(client, **LARGE)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        gate.opened.set()
+        assert [(await one).status_code for one in waiting] == [200, 200]
+        assert gate.calls == 2
+
+
+async def test_text_that_waits_for_tokenising_is_limited(running: Running) -> None:
+    gate = TokenizerGate()
+    async with running(gate.around, max_queued_characters=5000) as client:
+        alone = asyncio.create_task(post(client, input="w1 " * 2000, truncate_prompt_tokens=-1))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        refused = await post(client, **LARGE)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["message"] == "queue is full (5000 characters)"
+        gate.opened.set()
+        assert (await alone).status_code == 200  # more than the limit, but nothing else waited
+        assert (await post(client, **LARGE)).status_code == 200
+        assert sample(await series(client), "samples_total") == 2
+
+
+async def test_a_client_that_leaves_is_not_tokenised(running: Running) -> None:
+    gate = TokenizerGate()
+    async with running(gate.around) as client:
+        app: FastAPI = client.app  # type: ignore[attr-defined]
+        waiting = asyncio.create_task(post(client, **LARGE))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        receive, send, sent = hang_up_after(json.dumps(LARGE).encode(), entered=gate.entered)
+        await app(dict(CLASSIFY), receive, send)
+        assert sent[0]["status"] == 499
+        gate.opened.set()
+        assert (await waiting).status_code == 200
+        assert gate.calls == 1
+
+
+async def test_too_many_ids_are_refused_by_their_number(client: httpx.AsyncClient) -> None:
+    """What they are is not looked at: text in the middle goes unnoticed."""
+    ids = [5] * 33 + ["w1"]
+    for given, param in ((ids, "input"), ([[5], [5] * 33 + [-1]], "input[1]")):
+        refused = await post(client, input=given)
+        assert refused.json()["error"]["param"] == param
+        assert "at most 32" in refused.json()["error"]["message"]
+        assert (await post(client, input=given, truncate_prompt_tokens=-1)).status_code == 200
+    long = (await post(client, input=[10**400])).json()["error"]["message"]
+    assert len(long) < 120
+
+
 # -- probes, information, life ---------------------------------------------------------------
 
 
@@ -462,15 +571,70 @@ async def test_probes_through_a_life(running: Running) -> None:
         assert [(await client.get(path)).status_code for path in paths] == [200] * 5
         assert (await client.head("/readyz")).status_code == 200
         lifecycle = client.app.state.pipeline.lifecycle  # type: ignore[attr-defined]
-        drain = asyncio.create_task(lifecycle.drain(serve_on_s=0.05, finish_s=1))
-        await asyncio.sleep(0)
+        assert "connection" not in (await post(client, input="w1")).headers
+        lifecycle.phase = "draining"
         assert [(await client.get(path)).status_code for path in paths] == [200, 200, 503, 503, 503]
         assert sample(await series(client), "ready") == 0
-        assert (await post(client, input="w1")).status_code == 200
-        await drain
+        for path in ("/readyz", "/metrics", "/nope"):
+            assert (await client.get(path)).headers.get_list("connection") == ["close"]
+        answered = await post(client, input="w1")
+        assert (answered.status_code, answered.headers["connection"]) == (200, "close")
+        await lifecycle.drain(serve_on_s=0, finish_s=1)
         refused = await post(client, input="w1")
+        assert refused.headers.get_list("connection") == ["close"]
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
         assert refused.json()["error"]["type"] == "not_ready"
+
+
+async def test_an_engine_that_dies_is_seen_by_everybody(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fatal(app: FastAPI) -> None:
+        def engine(jobs: Any) -> Iterator[Any]:
+            raise SystemExit
+            yield
+
+        app.state.pipeline.batcher._engine = engine
+
+    async with running(fatal) as client:
+        responses = [await post(client, input="w1") for _ in range(2)]
+        assert [one.status_code for one in responses] == [503, 503]
+        assert responses[0].json()["error"]["message"] == "the engine has stopped"
+        async with asyncio.timeout(10):
+            while (await client.get("/livez")).status_code == 200:  # noqa: ASYNC110 - see `until`
+                await asyncio.sleep(0.001)
+        # One truth for the probe and for the gauge.
+        assert (await client.get("/readyz")).status_code == 503
+        assert sample(await series(client), "ready") == 0
+    assert "the engine thread died" in caplog.text
+
+
+async def test_refusals_are_logged_by_request_and_without_texts(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "offramp_service")
+    await post(client, input="w1", speedup="secret", request_id="mine")
+    await client.post(
+        "/classify", json={"input": "w1", "speedup": "secret"}, headers={"X-Request-Id": "theirs"}
+    )
+    assert "request theirs: 422 invalid_value" in caplog.messages
+    assert "secret" not in caplog.text
+
+
+def test_a_damaged_tokenizer_is_one_line_and_exit_code_2(
+    directory: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Signals and logging belong to the test process.
+    monkeypatch.setattr("offramp_service.__main__._prepare_process", lambda _: None)
+    damaged = shutil.copytree(directory, tmp_path / "damaged")
+    (damaged / "tokenizer.json").write_text("{")
+    assert main(["--model-id", str(damaged)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("offramp-serve: ")
+    assert "tokenizer.json is not a tokenizer" in line
 
 
 async def test_requests_before_the_start_are_told_so(directory: Path) -> None:
@@ -490,6 +654,9 @@ async def test_info_tells_limits_and_calibration(client: httpx.AsyncClient) -> N
         "confidence",
         {"default": 1.0, "min": 1.0, "max": 4.0},
     )
+    assert info["threshold"] == {"min": 0.0, "max": 1.0, "direction": "above"}
+    assert (info["drain_seconds"], info["shutdown_timeout"]) == (5.0, 30.0)
+    assert (info["max_batch_requests"], info["max_queued_characters"]) == (4096, 4_000_000)
     points = info["calibration"]["points"]
     assert points[0]["speedup"] == 1.0
     assert points[0]["threshold"] is None
@@ -522,7 +689,15 @@ async def test_metrics_add_up(client: httpx.AsyncClient, support: ModuleType) ->
     assert sample(values, "exit_layer_sum") == sum(layers)
     assert sample(values, "tokens_total", "real") > 0
     assert sample(values, "requests_total", 'code="200"') == 2
+    run, saved = (sample(values, "speedup_layers_total", f'kind="{k}"') for k in ("run", "saved"))
+    assert (run, saved) == (sum(layers), 4 * 40 - sum(layers))
+    # Refused, and asked for by threshold: neither is a speed-up that was given.
+    assert (await post(client, input="w1", speedup=99)).status_code == 422
+    assert (await post(client, input="w1", threshold=0.5)).status_code == 200
+    values = await series(client)
     assert sample(values, "speedup_requested_sum") == 3.0
+    assert sample(values, "speedup_requested_count") == 2
+    assert sample(values, "speedup_achieved_count") == 2
     assert sample(values, "model_info", 'exit_policy="confidence"') == 1
     assert sample(values, "ready") == 1
 

@@ -24,7 +24,6 @@ from offramp_service.routes.door import (
     Call,
     LeanRoute,
     check_request_id,
-    departure,
     door,
     response_headers,
 )
@@ -72,16 +71,19 @@ class _Classify:
             call.request_id = check_request_id(asked.request_id)
         self._check_model(asked.model)
         controls = self._controls(asked, request)
-        started = time.perf_counter()
-        encodings = await self._encode(asked)
-        tokenization_s = time.perf_counter() - started
-        answers = await self._pipeline.answer(encodings, controls, gone=departure(request.receive))
+        place = Place("input", _is_list(asked))
+        count = len(asked.input) if place.is_list else 1
+        with self._pipeline.admit(count, place.field, call.request_id) as batch:
+            started = time.perf_counter()
+            encodings = await self._encode(asked, place)
+            tokenization_s = time.perf_counter() - started
+            answers = await self._pipeline.answer(batch, encodings, controls)
         tokens = sum(len(one) for one in encodings)
         headers = response_headers(
             self._pipeline,
             call,
             answers,
-            is_list=_is_list(asked),
+            is_list=place.is_list,
             threshold=controls.threshold,
             tokens=tokens,
             tokenization_s=tokenization_s,
@@ -110,13 +112,14 @@ class _Classify:
         wanted = Asked(asked.speedup, asked.threshold, asked.min_layer, asked.max_layer)
         return self._pipeline.controls.resolve(wanted, request.headers)
 
-    async def _encode(self, asked: ClassifyRequest) -> list[Encoding]:
+    async def _encode(self, asked: ClassifyRequest, place: Place) -> list[Encoding]:
         """The request's texts as tokens, whichever of the four shapes they came in."""
-        place = Place("input", _is_list(asked))
-        given: Sequence[object] = [asked.input] if isinstance(asked.input, str) else asked.input
-        self._pipeline.check_count(len(given) if place.is_list else 1, "input")
-        kind = _kind(given)
         cut = self._cut(asked)
+        given: Sequence[object] = [asked.input] if isinstance(asked.input, str) else asked.input
+        if isinstance(asked.input, list) and not place.is_list:
+            # Token ids of one text may be a million: their number is checked before they are.
+            given = self._pipeline.fit(cast(list[int], asked.input), place.field, cut=cut)
+        kind = _kind(given)
         if kind is str:
             texts = _pair(cast(list[str], given), asked.text_pair, place)
             return await self._pipeline.encode(
@@ -141,7 +144,8 @@ class _Classify:
         shortest = 1 + self._specials(asked)  # something of the text has to remain
         if not shortest <= limit <= longest:
             raise InvalidInput(
-                f"truncate_prompt_tokens is {limit}, allowed is {shortest} to {longest}, or -1",
+                f"truncate_prompt_tokens is {limit!s:.40}, allowed is {shortest} to {longest}, "
+                "or -1",
                 param="truncate_prompt_tokens",
             )
         return Cut(limit, side)
@@ -223,5 +227,5 @@ def _finite(number: float) -> float | None:
 
 def _names(ignored: list[str]) -> str:
     """Fit for a header: a few names, and only harmless ones."""
-    names = [name if _SPEAKABLE.fullmatch(name) else "?" for name in ignored]
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    names = [name if _SPEAKABLE.fullmatch(name) else "?" for name in ignored[:10]]
+    return ", ".join(names) + (", ..." if len(ignored) > 10 else "")

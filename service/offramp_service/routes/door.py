@@ -3,20 +3,22 @@
 It knows HTTP and the pipeline's life cycle, and nothing of any door's bodies.
 """
 
+import asyncio
 import logging
 import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 from starlette.types import Receive
 
-from offramp_service.errors import ClientGone, InvalidInput, ServiceError
+from offramp_service.errors import ClientGone, DeadlineExceeded, InvalidInput, ServiceError
 from offramp_service.jobs import TimedAnswer
 from offramp_service.pipeline import Pipeline
 
@@ -61,18 +63,21 @@ def door(
 ) -> Callable[[Request], Coroutine[Any, Any, Response]]:
     """The endpoint around a door's handler. Errors pass through to the app's one handler."""
     limit = pipeline.settings.payload_limit
+    timeout_s = pipeline.settings.request_timeout_ms / 1000
 
     async def endpoint(request: Request) -> Response:
         call = Call(route, request_id(request), error_body, time.perf_counter())
         request.scope[CALL] = call
         pipeline.lifecycle.enter()
         try:
-            body = await read_body(request, limit)
-            response = await handle(request, body, call)
+            async with Patience(timeout_s) as patience:
+                body = await read_body(request, limit)
+                patience.until(departure(request.receive))
+                response = await handle(request, body, call)
         except ServiceError:
             raise
         except Exception as error:
-            log.exception("%s failed", route)
+            log.exception("%s failed, request %s", route, call.request_id)
             raise ServiceError("internal error") from error
         finally:
             pipeline.lifecycle.leave()
@@ -80,6 +85,49 @@ def door(
         return response
 
     return endpoint
+
+
+class Patience:
+    """How long a request is worth any work: until its deadline, or until its client has left.
+
+    Then whatever is awaited inside the block is cancelled, be it the rest of a body, tokenisation
+    or answers.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._timeout = asyncio.timeout(timeout_s)
+        self._watcher: asyncio.Task[None] | None = None
+        self._client_left = False
+
+    async def __aenter__(self) -> Self:
+        await self._timeout.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError:
+            if self._client_left:
+                raise ClientGone("the client has left") from None
+            raise DeadlineExceeded(f"no answer within {self._timeout_s * 1000:.0f} ms") from None
+
+    def until(self, gone: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Give up as well when `gone` completes."""
+        self._watcher = asyncio.get_running_loop().create_task(self._watch(gone))
+
+    async def _watch(self, gone: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        await gone()
+        if not self._timeout.expired():
+            self._client_left = True
+            self._timeout.reschedule(asyncio.get_running_loop().time())
 
 
 def request_id(request: Request) -> str:
@@ -121,7 +169,7 @@ async def read_body(request: Request, limit: int) -> bytes:
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def departure(receive: Receive) -> Callable[[], Coroutine[object, object, object]]:
+def departure(receive: Receive) -> Callable[[], Coroutine[Any, Any, None]]:
     """Completes when the client has closed the connection; for after the body was read."""
 
     async def gone() -> None:
@@ -157,7 +205,7 @@ def response_headers(
         "x-queue-time": _milliseconds(sum(one.queue_s for one in answers) / count),
         "x-inference-time": _milliseconds(sum(one.inference_s for one in answers) / count),
         **exit_layer,
-        "x-speedup-achieved": f"{pipeline.speedup_of(answers):.2f}",
+        "x-speedup-achieved": f"{pipeline.model.num_layers * count / layers_run:.2f}",
         "x-exit-threshold": f"{threshold:.6g}",
     }
 

@@ -13,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import PlainTextResponse, Response
 
 from offramp_model.calibration import CalibrationTable, reachable_speedups
+from offramp_model.policies import threshold_range
 from offramp_service.pipeline import Pipeline
 from offramp_service.schemas import encode_json
 
@@ -51,6 +52,7 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
     """The content of `/info`."""
     settings, model = pipeline.settings, pipeline.model
     ids = dict(enumerate(model.config.labels))
+    least, most = threshold_range(model.policy, model.config)
     return {
         "model_id": str(settings.model_id),
         "model_sha": model.sha,
@@ -66,7 +68,7 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         "max_input_length": model.max_input_length,
         "max_batch_tokens": settings.max_batch_tokens,
         "tokenization_workers": settings.tokenization_workers,
-        "max_batch_requests": settings.max_batch_requests,
+        "max_batch_requests": model.max_batch_texts,
         "max_client_batch_size": settings.max_client_batch_size,
         "auto_truncate": settings.auto_truncate,
         "version": version("offramp"),
@@ -78,8 +80,11 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         "backend": "torch",
         "threads": settings.engine_threads,
         "max_queued_tokens": settings.max_queued_tokens,
+        "max_queued_characters": settings.max_queued_characters,
         "payload_limit": settings.payload_limit,
         "request_timeout_ms": settings.request_timeout_ms,
+        "drain_seconds": settings.drain_seconds,
+        "shutdown_timeout": settings.shutdown_timeout,
         "num_layers": model.num_layers,
         "exit_layers": model.config.exit_layers,
         "exit_policy": model.policy.name,
@@ -88,6 +93,8 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
             "min": model.min_speedup,
             "max": model.max_speedup,
         },
+        # The operator's bounds are of `speedup` only; a raw threshold is the client's own.
+        "threshold": {"min": least, "max": most, "direction": model.policy.direction},
         "calibration": _calibration(model.table) if model.table else None,
     }
 

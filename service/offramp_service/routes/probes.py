@@ -14,7 +14,9 @@ from offramp_service.lifecycle import Lifecycle
 READY_PATHS = ("/readyz", "/health", "/ping")
 
 
-def router(lifecycle: Lifecycle, engine_alive: Callable[[], bool]) -> APIRouter:
+def router(
+    lifecycle: Lifecycle, *, engine_alive: Callable[[], bool], ready: Callable[[], bool]
+) -> APIRouter:
     """The probes' routes."""
     routes = APIRouter(tags=["probes"])
 
@@ -22,7 +24,7 @@ def router(lifecycle: Lifecycle, engine_alive: Callable[[], bool]) -> APIRouter:
         return _probe(engine_alive() or not lifecycle.started, lifecycle)
 
     async def readyz() -> Response:
-        return _probe(lifecycle.ready and engine_alive(), lifecycle)
+        return _probe(ready(), lifecycle)
 
     async def startupz() -> Response:
         return _probe(lifecycle.started, lifecycle)

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from offramp_service.batcher import Batcher, Limits
-from offramp_service.jobs import Answer, Controls, Engine, Job
+from offramp_service.jobs import Answer, Controls, Engine, Job, Left, TimedAnswer
 from offramp_service.metrics import Metrics
 
 LAYERS = 4
@@ -24,6 +24,12 @@ def answer_to(job: Job, layer: int = LAYERS) -> Answer:
     return Answer(job.ids[0], [0.0, 1.0], [0.3, 0.7], layer, 0.7, reason)
 
 
+async def ask(batcher: Batcher, jobs: Sequence[Job], request_id: str = "r") -> list[TimedAnswer]:
+    """One request, whose texts need no tokenising."""
+    with batcher.admit(len(jobs), request_id) as batch:
+        return await batcher.submit(batch, jobs)
+
+
 @dataclass
 class FakeEngine:
     """Answers each text with its number; fails a whole batch that holds a number in `poison`."""
@@ -31,7 +37,7 @@ class FakeEngine:
     poison: set[int] = field(default_factory=set)
     batches: list[list[int]] = field(default_factory=list)
 
-    def __call__(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Answer | Exception]]]:
+    def __call__(self, jobs: Sequence[Job]) -> Iterator[Left]:
         numbers = [one.ids[0] for one in jobs]
         self.batches.append(numbers)
         if self.poison & set(numbers):
@@ -40,8 +46,10 @@ class FakeEngine:
         early = [index for index in range(len(jobs)) if numbers[index] % 2]
         late = [index for index in range(len(jobs)) if not numbers[index] % 2]
         for layer, left in ((2, early[::-1]), (LAYERS, late)):
-            if left:
-                yield [(index, answer_to(jobs[index], layer)) for index in left]
+            inside = len(jobs) if layer == 2 else len(late)
+            if inside:
+                answers = [(index, answer_to(jobs[index], layer)) for index in left]
+                yield Left(layer, inside, answers)
 
 
 @dataclass
@@ -52,15 +60,15 @@ class GatedEngine:
     entered: threading.Event = field(default_factory=threading.Event)
     batches: list[list[int]] = field(default_factory=list)
 
-    def __call__(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Answer | Exception]]]:
+    def __call__(self, jobs: Sequence[Job]) -> Iterator[Left]:
         self.batches.append([one.ids[0] for one in jobs])
         self.entered.set()
         half = len(jobs) // 2
         for layer, part in ((2, range(half)), (LAYERS, range(half, len(jobs)))):
             if not self.gate.acquire(timeout=20):
                 raise TimeoutError("the test forgot to open the gate")
-            if part:
-                yield [(index, answer_to(jobs[index], layer)) for index in part]
+            answers = [(index, answer_to(jobs[index], layer)) for index in part]
+            yield Left(layer, len(jobs) if layer == 2 else len(part), answers)
 
 
 def make_metrics() -> Metrics:
@@ -95,10 +103,10 @@ def read(metrics: Metrics) -> Callable[..., float]:
 def make_batcher(metrics: Metrics) -> Callable[..., Batcher]:
     """A batcher that nobody serves yet."""
 
-    def make(engine: Engine, **limits: int | None) -> Batcher:
+    def make(engine: Engine, **limits: int) -> Batcher:
         wide = {
             "max_batch_tokens": 1000,
-            "max_batch_texts": None,
+            "max_batch_texts": 100,
             "max_texts": 100,
             "max_queued_tokens": 1000,
         }

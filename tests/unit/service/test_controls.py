@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 from starlette.datastructures import Headers
 
+from offramp_kernels.contract import MAX_ROWS
 from offramp_service.controls import Asked, ControlDesk
 from offramp_service.errors import InvalidInput
 from offramp_service.served_model import ServedModel, SettingsError, load_model
@@ -90,6 +91,7 @@ def test_bounds(desk: ControlDesk) -> None:
         (Asked(threshold=float("nan")), {}, "threshold", "threshold is nan"),
         (Asked(min_layer=0), {}, "min_layer", "min_layer is 0, allowed is 1 to 4"),
         (Asked(max_layer=5), {}, "max_layer", "max_layer is 5, allowed is 1 to 4"),
+        (Asked(min_layer=10**400), {}, "min_layer", f"min_layer is {10**39}, allowed is 1 to 4"),
         (Asked(min_layer=3, max_layer=2), {}, "min_layer", "min_layer 3 is above max_layer 2"),
         (Asked(), {"x-speedup": "fast"}, "X-Speedup", "X-Speedup is 'fast'"),
         (Asked(), {"x-speedup": "nan"}, "X-Speedup", "allowed is a number"),
@@ -147,6 +149,16 @@ def test_settings_that_do_not_fit_the_checkpoint(
 ) -> None:
     with pytest.raises(SettingsError, match=message):
         load_model(Settings(model_id=directory, **wrong))
+
+
+def test_a_batch_holds_no_more_texts_than_the_kernels_take(
+    directory: Path, model: ServedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert model.max_batch_texts == MAX_ROWS
+    assert load_model(Settings(model_id=directory, max_batch_requests=7)).max_batch_texts == 7
+    beyond = load_model(Settings(model_id=directory, max_batch_requests=MAX_ROWS + 1))
+    assert beyond.max_batch_texts == MAX_ROWS
+    assert f"at most {MAX_ROWS}" in caplog.text
 
 
 def test_the_operators_bounds(directory: Path) -> None:

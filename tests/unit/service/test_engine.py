@@ -54,7 +54,7 @@ def engine() -> Engine:
 
 
 def run(engine: Engine, jobs: list[Job]) -> dict:
-    return {index: answer for left in engine(jobs) for index, answer in left}
+    return {index: answer for left in engine(jobs) for index, answer in left.answers}
 
 
 def test_each_text_leaves_where_it_is_sure(engine: Engine) -> None:
@@ -85,8 +85,11 @@ def test_settings_are_mixed_freely_in_one_batch(engine: Engine) -> None:
 
 
 def test_answers_come_exit_by_exit(engine: Engine) -> None:
-    parts = [[index for index, _ in left] for left in engine([text(4), text(1), text(1)])]
-    assert parts == [[1, 2], [0]]
+    parts = [
+        (left.exit_layer, left.texts_run, [index for index, _ in left.answers])
+        for left in engine([text(4), text(1), text(1)])
+    ]
+    assert parts == [(1, 3, [1, 2]), (2, 1, []), (3, 1, []), (4, 1, [0])]
 
 
 def test_scores_that_are_not_numbers_fail_their_text_only(engine: Engine) -> None:
@@ -103,9 +106,19 @@ def test_abandoned_texts_are_dropped(engine: Engine) -> None:
 def test_a_text_abandoned_on_the_way_is_dropped_at_the_next_exit(engine: Engine) -> None:
     jobs = [text(1), text(4)]
     parts = iter(engine(jobs))
-    assert [index for index, _ in next(parts)] == [0]
+    assert [index for index, _ in next(parts).answers] == [0]
     jobs[1].waiter = Client(abandoned=True)
     assert list(parts) == []
+
+
+def test_broken_and_abandoned_texts_ran_their_layers_too(engine: Engine) -> None:
+    jobs = [text(9), text(4), text(1)]
+    ran = []
+    for left in engine(jobs):
+        ran.append((left.exit_layer, left.texts_run))
+        if left.exit_layer == 2:
+            jobs[1].waiter = Client(abandoned=True)
+    assert ran == [(1, 3), (2, 2), (3, 1), (4, 1)]
 
 
 def test_a_text_that_does_not_come_out_is_noticed(

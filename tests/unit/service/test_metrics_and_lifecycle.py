@@ -20,7 +20,9 @@ def test_every_series_exists_before_the_first_request(metrics: Metrics, read) ->
     assert read("tokens_total", kind="padding") == 0
     metrics.batch_formed("tokens", 12, [0.1, 0.2])
     metrics.texts_left(2, ["criterion", "forced", "criterion"], 0.01)
-    metrics.batch_done([2, 2, 2])
+    metrics.layers_ran(range(1, 3), 3)
+    metrics.batch_done(0.01)
+    metrics.speedup_given(1.9, 3, 6)
     metrics.request_done("/classify", 200, 0.1)
     metrics.request_failed("backend")
     assert generate_latest(metrics.registry).count(b"\n") == before
@@ -30,9 +32,11 @@ def test_the_arithmetic_of_layers(metrics: Metrics, read) -> None:
     metrics.texts_left(1, ["criterion"], 0.01)
     metrics.texts_left(3, ["criterion", "forced"], 0.01)
     metrics.texts_left(4, ["final"], 0.01)
-    metrics.batch_done([1, 3, 3, 4])
+    # Exits after layers 1, 3 and 4; a fifth text was given up after the first.
+    for layers, texts in ((range(1, 2), 5), (range(2, 4), 3), (range(4, 5), 1)):
+        metrics.layers_ran(layers, texts)
     assert [read("layer_executions_total", layer=str(layer)) for layer in (1, 2, 3, 4)] == [
-        *(4, 3, 3, 1)
+        *(5, 3, 3, 1)
     ]
     assert read("layers_saved_total") == 3 + 1 + 1
     assert read("samples_total") == 4
@@ -41,17 +45,27 @@ def test_the_arithmetic_of_layers(metrics: Metrics, read) -> None:
     assert read("layer_batch_size_sum", layer="2") == 3
 
 
+def test_achieved_speedups_are_ratios_of_sums(metrics: Metrics, read) -> None:
+    metrics.speedup_given(2.0, 1, 1)
+    metrics.speedup_given(2.2, 3, 12)
+    run, saved = (read("speedup_layers_total", speedup="2", kind=kind) for kind in ("run", "saved"))
+    assert (run + saved) / run == 16 / 13  # the mean of 4 and 1 is another number
+    assert read("speedup_requested_sum") == pytest.approx(4.2)
+    assert read("speedup_layers_total", speedup="1", kind="run") == 0
+
+
+@pytest.mark.looptime
 async def test_a_life() -> None:
     life = Lifecycle()
     with pytest.raises(NotReady, match="starting"):
         life.enter()
-    life.phase = "ready"
+    life.warmed()
     life.enter()
-    draining = asyncio.create_task(life.drain(serve_on_s=0.02, finish_s=5))
+    draining = asyncio.create_task(life.drain(serve_on_s=0.5, finish_s=5))
     await asyncio.sleep(0)
     assert (life.ready, life.started) == (False, True)
     life.enter()  # still serving
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(1)
     with pytest.raises(NotReady, match="shutting down"):
         life.enter()
     assert not draining.done()
@@ -60,10 +74,17 @@ async def test_a_life() -> None:
     await draining
 
 
+def test_a_drain_during_the_start_stays_one() -> None:
+    life = Lifecycle()
+    life.phase = "draining"
+    life.warmed()
+    assert (life.phase, life.ready, life.leaving) == ("draining", False, True)
+
+
 @pytest.mark.looptime
 async def test_a_drain_ends_even_if_a_request_does_not(looptime: float) -> None:
     life = Lifecycle()
-    life.phase = "ready"
+    life.warmed()
     life.enter()
     await life.drain(serve_on_s=5, finish_s=30)
     assert looptime == 35

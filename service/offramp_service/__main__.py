@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 
 # Texts are tokenised one small request at a time; the library's own threads would compete with
@@ -35,6 +36,9 @@ log = logging.getLogger("offramp_service")
 
 # For connections whose last answer is still being written when the drain is over.
 _GOODBYE_S = 2
+# Longer than balancers keep an idle connection (60 s is common): whoever closes first must be the
+# one who also sends, or requests meet a closed connection.
+_KEEP_ALIVE_S = 75
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,13 +63,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             access_log=False,
             server_header=False,
             lifespan="on",
+            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_GOODBYE_S,
         ),
         pipeline,
     )
-    server.run()
+    with suppress(SystemExit):  # a failed start; the code is uvicorn's, and depends on its version
+        server.run()
     logging.shutdown()
     sys.stdout.flush()
+    if not server.started:
+        return 3
     if pipeline.batcher.busy:
         os._exit(0)  # a batch that nobody waits for still runs; Python cannot end around it
     return 0
@@ -88,7 +96,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by uvicorn's signal handlers, in the main thread."""
-        if self._signalled:
+        if self._signalled or not self.started:  # nothing to drain yet
             _exit_at_once(sig, frame)
         self._signalled = True
         self._loop.call_soon_threadsafe(self._start_drain, sig)
@@ -149,12 +157,13 @@ def _log_limits(pipeline: Pipeline) -> None:
         *(model.dtype, model.device, settings.engine_threads),
     )
     log.info(
-        "limits: %d tokens a text, %d texts a request, %d tokens and %s texts a batch, "
-        "%d texts inside, %d tokens queued, %d bytes a body, %d ms a request",
+        "limits: %d tokens a text, %d texts a request, %d tokens and %d texts a batch, "
+        "%d texts inside, %d tokens and %d characters queued, %d bytes a body, %d ms a request, "
+        "%d s an idle connection",
         *(model.max_input_length, settings.max_client_batch_size, settings.max_batch_tokens),
-        settings.max_batch_requests or "any number of",
-        *(settings.max_concurrent_requests, settings.max_queued_tokens),
-        *(settings.payload_limit, settings.request_timeout_ms),
+        *(model.max_batch_texts, settings.max_concurrent_requests, settings.max_queued_tokens),
+        *(settings.max_queued_characters, settings.payload_limit, settings.request_timeout_ms),
+        _KEEP_ALIVE_S,
     )
 
 

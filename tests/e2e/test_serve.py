@@ -55,8 +55,23 @@ class Server:
     def status(self, path: str) -> int:
         return self.ask("GET", path)[0]
 
+    def phase(self) -> str:
+        return json.loads(self.ask("GET", "/livez")[2])["phase"]
+
+    def inflight(self) -> int:
+        found = re.search(rb"offramp_inflight_requests\{.*\} (.*)", self.ask("GET", "/metrics")[2])
+        assert found is not None
+        return round(float(found[1]))
+
     def wait(self) -> int:
         return self.process.wait(30)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
 
 
 # A batch that takes its time, so that there is something in flight to look at.
@@ -70,6 +85,16 @@ def slow(self, jobs):
     yield from call(self, jobs)
 Engine.__call__ = slow
 sys.exit(main(sys.argv[2:]))
+"""
+
+NEVER_WARM = """
+import os, signal, sys, time
+from offramp_service.__main__ import main
+from offramp_service.engine import Engine
+def warm_up(self, max_length):
+    {}
+Engine.warm_up = warm_up
+sys.exit(main(sys.argv[1:]))
 """
 
 Start = Callable[..., Server]
@@ -134,52 +159,80 @@ def test_it_starts_answers_refuses_and_ends(start: Start) -> None:
 
 
 def test_sigterm_drains(start: Start) -> None:
-    server = start("--drain-seconds", "0.6", "--shutdown-timeout", "10", batch_takes_s=0.5)
+    server = start("--drain-seconds", "2", "--shutdown-timeout", "20", batch_takes_s=2)
     kept = HTTPConnection("127.0.0.1", server.port, timeout=30)
     kept.connect()
     server.process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)
+    until(lambda: server.phase() == "draining")
     assert server.status("/readyz") == 503  # unready at once …
     assert server.status("/livez") == 200
-    answers: list[int] = []
-    clients = [
-        threading.Thread(target=lambda: answers.append(server.classify(input="w1 w2")[0]))
-        for _ in range(3)
-    ]
+    answers: list[tuple[int, str]] = []
+
+    def ask() -> None:
+        status, headers, _ = server.classify(input="w1 w2")
+        answers.append((status, headers["connection"]))
+
+    clients = [threading.Thread(target=ask) for _ in range(3)]
     for client in clients:  # … but still serving
         client.start()
-        time.sleep(0.1)
-    time.sleep(0.4)
+    until(lambda: server.inflight() == 3)
+    until(lambda: server.phase() == "closed")
     kept.request("POST", "/classify", b'{"input": "w1"}')  # after the drain window
     response = kept.getresponse()
     assert (response.status, response.headers["retry-after"]) == (503, "5")
+    assert response.headers["connection"] == "close"
     response.read()
     kept.close()
     for client in clients:
         client.join(20)
-    assert answers == [200, 200, 200]
+    assert answers == [(200, "close")] * 3
     assert server.wait() == 0
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", server.port), timeout=5)
 
 
 def test_what_takes_longer_than_the_shutdown_timeout_is_told(start: Start) -> None:
-    server = start("--drain-seconds", "0", "--shutdown-timeout", "0.3", batch_takes_s=20)
+    server = start("--drain-seconds", "0", "--shutdown-timeout", "0.3", batch_takes_s=30)
     answers: list[int] = []
     client = threading.Thread(target=lambda: answers.append(server.classify(input="w1")[0]))
     client.start()
-    time.sleep(0.3)
+    until(lambda: server.inflight() == 1)
     server.process.send_signal(signal.SIGTERM)
     client.join(20)
     assert answers == [503]
     assert server.wait() == 0
+    assert server.process.stderr is not None
+    assert "1 requests are not finished in time" in server.process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("in_warm_up", "code", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)", 128 + signal.SIGTERM, ""),
+        ("raise RuntimeError('cold')", 3, "cold"),
+    ],
+)
+def test_a_start_that_does_not_come_to_its_end(
+    directory: Path, in_warm_up: str, code: int, said: str
+) -> None:
+    began = time.monotonic()
+    program = NEVER_WARM.format(in_warm_up)
+    result = subprocess.run(
+        [sys.executable, "-c", program, "--model-id", directory, "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert result.returncode == code
+    assert said in result.stderr
+    assert "is ready" not in result.stdout
+    assert time.monotonic() - began < 30
 
 
 def test_a_second_signal_ends_at_once(start: Start) -> None:
     server = start("--drain-seconds", "30")
     server.process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    assert server.status("/readyz") == 503
+    until(lambda: server.phase() == "draining")
     server.process.send_signal(signal.SIGTERM)
     assert server.wait() == 128 + signal.SIGTERM
 
@@ -195,6 +248,6 @@ def test_a_taken_port_is_an_error_not_a_success(start: Start, directory: Path) -
             text=True,
             timeout=50,
         )
-    assert result.returncode == 3  # uvicorn's own code for a failed start
+    assert result.returncode == 3
     assert "address already in use" in result.stderr
     assert "Traceback" not in result.stderr

@@ -174,6 +174,8 @@ def peak_memory_mib(pid: int) -> float:
 
 
 def summary(tally: Tally, elapsed: float, num_layers: int) -> dict[str, Any]:
+    if not tally.answers:
+        raise SystemExit(f"no request was answered with 200: {dict(tally.status)}")
     cuts = statistics.quantiles(tally.latencies_ms, n=100)
     return {
         "requests": sum(tally.status.values()),
@@ -186,7 +188,9 @@ def summary(tally: Tally, elapsed: float, num_layers: int) -> dict[str, Any]:
         "flip_examples": tally.flips[:5],
         "largest_probability_difference": tally.largest_difference,
         "achieved_speedup": {
-            str(s): num_layers * len(layers) / sum(layers) for s, layers in tally.layers.items()
+            str(s): num_layers * len(layers) / sum(layers)
+            for s, layers in tally.layers.items()
+            if layers
         },
     }
 

@@ -5,7 +5,9 @@ import importlib.util
 import json
 import logging
 import shutil
+import sys
 import threading
+import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -548,6 +550,27 @@ async def test_a_client_that_leaves_is_not_tokenised(running: Running) -> None:
         gate.opened.set()
         assert (await waiting).status_code == 200
         assert gate.calls == 1
+
+
+async def test_who_waits_holds_neither_body_nor_texts(running: Running) -> None:
+    gate = Gate()
+    async with running(gate.around) as client:
+        app: FastAPI = client.app  # type: ignore[attr-defined]
+        body = json.dumps({"input": [5] * 200_000, "truncate_prompt_tokens": -1}).encode()
+        receive, send, sent = hang_up_after(body, entered=gate.opened)
+        tracemalloc.start()
+        try:
+            request = asyncio.create_task(app(dict(CLASSIFY), receive, send))
+            await asyncio.to_thread(gate.entered.wait, 20)
+            held, _ = tracemalloc.get_traced_memory()
+            references = sys.getrefcount(body)
+        finally:
+            tracemalloc.stop()
+            gate.opened.set()
+        await request
+        assert held < 500_000  # 200,000 ids alone take 1.6 MB
+        assert references == 2  # ours, and the call's own
+    assert sent[0]["status"] in (200, 499)
 
 
 async def test_too_many_ids_are_refused_by_their_number(client: httpx.AsyncClient) -> None:

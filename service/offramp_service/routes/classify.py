@@ -23,6 +23,7 @@ from offramp_service.pipeline import Cut, Pipeline, Place
 from offramp_service.routes.door import (
     Call,
     LeanRoute,
+    ReadBody,
     check_request_id,
     door,
     response_headers,
@@ -65,8 +66,8 @@ class _Classify:
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
 
-    async def handle(self, request: Request, body: bytes, call: Call) -> Response:
-        asked, ignored = read_request(body)
+    async def handle(self, request: Request, read_body: ReadBody, call: Call) -> Response:
+        asked, ignored = read_request(await read_body())
         if asked.request_id is not None:
             call.request_id = check_request_id(asked.request_id)
         self._check_model(asked.model)
@@ -77,6 +78,7 @@ class _Classify:
             started = time.perf_counter()
             encodings = await self._encode(asked, place)
             tokenization_s = time.perf_counter() - started
+            asked.input = ""  # all that was needed of it is in the encodings
             answers = await self._pipeline.answer(batch, encodings, controls)
         tokens = sum(len(one) for one in encodings)
         headers = response_headers(

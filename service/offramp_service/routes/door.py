@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -43,7 +44,9 @@ class Call:
         return time.perf_counter() - self.started
 
 
-Handler = Callable[[Request, bytes, Call], Awaitable[Response]]
+# A door reads the body itself and keeps no reference: it may be large, and the wait long.
+ReadBody = Callable[[], Awaitable[bytes]]
+Handler = Callable[[Request, ReadBody, Call], Awaitable[Response]]
 
 
 class LeanRoute(APIRoute):
@@ -65,15 +68,18 @@ def door(
     limit = pipeline.settings.payload_limit
     timeout_s = pipeline.settings.request_timeout_ms / 1000
 
+    async def read(request: Request, patience: Patience) -> bytes:
+        body = await read_body(request, limit)
+        patience.until(departure(request.receive))
+        return body
+
     async def endpoint(request: Request) -> Response:
         call = Call(route, request_id(request), error_body, time.perf_counter())
         request.scope[CALL] = call
         pipeline.lifecycle.enter()
         try:
             async with Patience(timeout_s) as patience:
-                body = await read_body(request, limit)
-                patience.until(departure(request.receive))
-                response = await handle(request, body, call)
+                response = await handle(request, partial(read, request, patience), call)
         except ServiceError:
             raise
         except Exception as error:

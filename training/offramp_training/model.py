@@ -201,6 +201,7 @@ def load_tokenizer(directory: Path, model: MultiExitModel) -> Any:
 
 def save_tokenizer(tokenizer: Any, source: Path, target: Path) -> None:
     """Hugging Face's fast form, and the older files of `source`, whichever of them it has."""
+    shutil.rmtree(target, ignore_errors=True)  # of a run refused for starting from another backbone
     tokenizer.save_pretrained(target)
     for name in TOKENIZER_FILES:  # transformers 5 no longer writes these; other readers want them
         if (source / name).is_file():

@@ -16,7 +16,13 @@ from offramp_training.batches import EncodedRows
 from offramp_training.config import DEFAULT_BACKBONE, ModelSection
 from offramp_training.data import load_split
 from offramp_training.errors import BackboneError, RecipeError
-from offramp_training.model import MultiExitModel, build_model, load_backbone, load_tokenizer
+from offramp_training.model import (
+    MultiExitModel,
+    build_model,
+    load_backbone,
+    load_tokenizer,
+    save_tokenizer,
+)
 
 LABELS = ("pleasure", "dread", "craft")
 
@@ -174,3 +180,15 @@ def test_the_wheel_is_taken_only_with_the_hubs_own_weights(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(BackboneError, match=r"carries weights with sha256 .*allowed"):
         backbones.resolve_backbone(DEFAULT_BACKBONE)
+
+
+def test_no_tokenizer_file_of_another_backbone_is_left(backbone: Path, tmp_path: Path) -> None:
+    other = variant(backbone, tmp_path / "other")
+    (other / "vocab.txt").write_text("others' words")
+    model = build_model(backbone, ModelSection(max_length=16), LABELS, seed=0)
+    tokenizer = load_tokenizer(backbone, model)
+    save_tokenizer(tokenizer, other, tmp_path / "saved")
+    assert (tmp_path / "saved" / "vocab.txt").is_file()
+    save_tokenizer(tokenizer, backbone, tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+    assert not (tmp_path / "saved" / "vocab.txt").exists()

@@ -216,14 +216,15 @@ def test_a_refused_run_changes_nothing(
     before = weights(fit(recipe, output, data=str(data), calibrate=False))
     with pytest.raises(DataError):
         fit(recipe, output, data=str(tmp_path / "none"), overwrite=True)
-    with pytest.raises(OutputError, match="finished checkpoint"):
-        fit(recipe, output, data=str(data))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
-    with monkeypatch.context() as patch:
-        kill_at(patch, 8)
-        with pytest.raises(Killed):
-            fit(recipe, output, data=str(data), overwrite=True)
+    for batch_number in (2, 8):  # before the first resume point there is nothing to go on from
+        with pytest.raises(OutputError, match="finished checkpoint"):
+            fit(recipe, output, data=str(data))
+        with monkeypatch.context() as patch:
+            kill_at(patch, batch_number)
+            with pytest.raises(Killed):
+                fit(recipe, output, data=str(data), overwrite=True)
     points = sorted((tmp_path / "out.fit" / "resume").rglob("*"))
     assert points
     with pytest.raises(BackboneError):

@@ -184,7 +184,8 @@ def _finding(key: str, place: list[str], problem: Any, model: type[BaseModel]) -
     if problem["type"] == "extra_forbidden":
         for name in place[:-1]:
             model = type(model.model_fields[name].get_default(call_default_factory=True))
-        return f"{key}: unknown key; allowed: {', '.join(model.model_fields)}"
+        allowed = (field.alias or name for name, field in model.model_fields.items())
+        return f"{key}: unknown key; allowed: {', '.join(allowed)}"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     return f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -209,6 +209,7 @@ class Run:
         self.optimiser = self.accelerator.prepare_optimizer(
             make_optimiser(stage, self.recipe.optimiser)
         )
+        stage.optimiser = self.optimiser
         batches = sum(len(self._order(stage, epoch)) for epoch in range(stage.epochs))
         self.total_steps = batches * stage.steps_per_batch
         restored, self._restored = self._restored, None
@@ -239,13 +240,17 @@ class Run:
 
     def _order(self, stage: Stage, epoch: int) -> list[list[int]]:
         loop = self.recipe.loop
-        return bucketed_order(
+        batch_size = stage.batch_size or loop.batch_size
+        order = bucketed_order(
             self.train_rows.lengths,
-            batch_size=stage.batch_size or loop.batch_size,
+            batch_size=batch_size,
             batch_tokens=None if stage.batch_size else loop.batch_tokens,
             seed=loop.seed,
             epoch=self.position.stage * 1000 + epoch,
         )
+        if stage.drop_incomplete:
+            order = [batch for batch in order if len(batch) == batch_size]
+        return order
 
     def _after_batch(self, batch: Batch) -> None:
         position, loop = self.position, self.recipe.loop

@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from offramp_training.objectives.base import Objective, Progress, Stage
+from offramp_training.objectives.cosee import Cosee
+from offramp_training.objectives.ensemble import Ensemble
 from offramp_training.objectives.joint import Joint
+from offramp_training.objectives.l2w import L2W
 
 OBJECTIVES: dict[str, Any] = {
     "joint": Joint,
+    "ensemble": Ensemble,
+    "cosee": Cosee,
+    "l2w": L2W,
 }
 
 

@@ -45,6 +45,9 @@ class Stage:
         self.batch_size: int | None = None  # None: the recipe's
         self.keeps_best = True  # end with the best weights by held-out accuracy, not the newest
         self.lr: float | None = None  # None: the recipe's two rates; else one for all parameters
+        self.drop_incomplete = False  # leave out the batches with fewer rows than the batch size
+        # The loop's, set before the first batch: a stage may read its state, never step it.
+        self.optimiser: Any = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Named parameters this stage trains; all others stay bit-identical."""

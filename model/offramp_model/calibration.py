@@ -199,14 +199,21 @@ def curve(
 
 
 def spread_thresholds(seen: ExitTrace, num_points: int) -> list[float]:
-    """Thresholds that change something, from the strictest on, spread over the speed-ups."""
+    """Thresholds that change something, from the strictest on, spread over the speed-ups.
+
+    Each stands halfway to the next signal at which something changes. The same text can get a
+    signal that differs in the last bit from batch to batch; at a distance it leaves at the same
+    exit all the same.
+    """
     values, speedups = threshold_speedups(seen)
     if not len(values):
         return []
     targets = np.geomspace(1.0, speedups[-1], num_points)
     targets = np.union1d(targets, [s for s in REQUESTED_SPEEDUPS if s <= speedups[-1]])
     chosen = np.unique(np.searchsorted(speedups, targets - _SLACK, side="left"))
-    return [float(values[index]) for index in chosen]
+    if seen.direction != "at_least":  # counts are exact, and read better as they are
+        values[:-1] += (values[1:] - values[:-1]) / 2
+    return [_rounded(values[index], seen.dtype) for index in chosen]
 
 
 def threshold_speedups(seen: ExitTrace) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -234,6 +241,11 @@ def _just_passing(signals: NDArray[np.float64], seen: ExitTrace) -> NDArray[np.f
         return np.nextafter(signals, towards)
     in_float32: NDArray[np.float32] = np.nextafter(signals.astype(np.float32), np.float32(towards))
     return in_float32.astype(np.float64)
+
+
+def _rounded(threshold: float, dtype: torch.dtype) -> float:
+    """As it will be compared."""
+    return float(torch.tensor(threshold, dtype=torch.float64).to(dtype))
 
 
 def _measure(seen: ExitTrace, labels: Tensor, threshold: float) -> CurvePoint:

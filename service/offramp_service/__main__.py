@@ -134,7 +134,7 @@ def _greet(pipeline: Pipeline, address: tuple[str, int]) -> None:
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
     if ":" in host and not host.startswith("["):
         host = f"[{host}]"
-    body = {"input": "a warm, funny film"}
+    body = {"input": "What will the weather be like tomorrow?"}
     if pipeline.model.max_speedup >= 2:
         body["speedup"] = 2  # type: ignore[assignment]
     curl = (

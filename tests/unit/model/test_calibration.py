@@ -1,5 +1,6 @@
 """Calibration tables: order, lookup, refusals, and what is measured."""
 
+import dataclasses
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from offramp_model.calibration import (
     macro_f1,
     oracle,
     reachable_speedups,
+    trace,
 )
 from offramp_model.policies import POLICIES, make_policy, never
 from offramp_model.recorded import RecordedExits
@@ -67,6 +69,19 @@ def test_a_request_gets_the_smallest_speedup_that_is_enough() -> None:
 def test_a_request_out_of_range_is_refused_with_the_range(request_: float) -> None:
     with pytest.raises(ValueError, match=r"outside the calibrated range 1\.0 to 6"):
         make_table().threshold_for(request_)
+
+
+@pytest.mark.parametrize("name", ["confidence", "margin", "entropy", "energy"])
+@given(seed=st.integers(0, 1000))
+def test_a_last_bit_does_not_change_an_exit(name: str, seed: int) -> None:
+    """The same text in another batch may get a signal that differs in the last bits."""
+    policy = make_policy(name)
+    seen = trace(recorded(seed=seed), policy)
+    signal = seen.signal.float()
+    noise = torch.tensor([-torch.inf, torch.inf])[torch.randint(2, signal.shape)]
+    shaken = dataclasses.replace(seen, signal=torch.nextafter(signal, noise).double())
+    for point in curve(recorded(seed=seed), labels(), policy, num_points=20)[:-1]:
+        assert seen.outcome(point.threshold)[0].equal(shaken.outcome(point.threshold)[0])
 
 
 def test_fixed_layer_has_one_point_an_exit() -> None:

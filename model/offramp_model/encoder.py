@@ -1,12 +1,12 @@
 """The BERT family as a `LayerStack` in plain torch, without a single padding token.
 
-Layout, chosen by measurement (`docs/results/engine.md`; SST-2 validation texts, MiniLM-L6, batches
-of 32, 2 cores, fp32, relative throughput, transformers' padded forward = 1):
+Layout, chosen by measurement (`docs/results/engine.md`: SST-2 validation texts, MiniLM-L6, batches
+of 32, 2 cores, fp32; throughput relative to batches padded to their longest text):
 
-    padded to the longest, own layers                1.1
-    length-sorted padded groups of 8                 1.5
-    packed tokens, attention padded per batch        1.7
-    packed tokens, attention per run of one length   2.0   <- this module
+    padded to the longest                            1.0
+    length-sorted padded groups of 8                 1.6
+    packed tokens, attention padded per batch        1.8
+    packed tokens, attention per run of one length   2.1   <- this module
 
 Tokens are packed [T, H], so every linear layer, norm and activation runs on real tokens only.
 Rows are sorted by length, so rows of one length are a contiguous [rows, length, ...] view, and

@@ -15,7 +15,16 @@ from offramp_model.checkpoint import (
 )
 from offramp_model.config import MultiExitConfig
 from offramp_model.layer_loop import LayerStack, Leavers, layer_loop, start_rows
-from offramp_model.policies import POLICIES, Decision, ExitPolicy, HeadOutput, make_policy, never
+from offramp_model.policies import (
+    POLICIES,
+    Decision,
+    ExitPolicy,
+    HeadOutput,
+    make_policy,
+    make_supported_policy,
+    never,
+    supported_policies,
+)
 from offramp_model.recorded import RecordedExits, record_exits, replay
 from offramp_model.rows import ActiveRows, Encoding, PackedTokens, RowSettings, TokenBatch
 from offramp_model.tokenizer import InputTooLong, TextTokenizer
@@ -44,10 +53,12 @@ __all__ = [
     "layer_loop",
     "load_checkpoint",
     "make_policy",
+    "make_supported_policy",
     "never",
     "record_exits",
     "replay",
     "start_rows",
+    "supported_policies",
     "update_manifest",
     "write_checkpoint",
 ]

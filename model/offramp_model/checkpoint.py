@@ -27,7 +27,7 @@ from offramp_model.calibration import CalibrationTable
 from offramp_model.config import MultiExitConfig
 from offramp_model.encoder import PackedEncoder, check_backbone
 from offramp_model.heads import ExitHeads
-from offramp_model.policies import POLICIES
+from offramp_model.policies import POLICIES, supported_policies
 from offramp_model.tokenizer import TextTokenizer
 
 FORMAT_VERSION = 1
@@ -75,6 +75,8 @@ class Manifest(BaseModel):
     model: MultiExitConfig
     problem_type: Literal["single_label_classification"] = "single_label_classification"
     exit_policy: str
+    # The raw threshold that the exits were trained for, where the objective has one.
+    exit_threshold: float | None = None
     objective: ObjectiveRecord
     seed: int
     data: DataRecord
@@ -276,6 +278,13 @@ def _read_manifest(path: Path) -> Manifest:
         raise CheckpointError(
             f"{path}: unknown exit_policy {manifest.exit_policy!r}; known: {', '.join(POLICIES)}"
         )
+    supported = supported_policies(manifest.model)
+    for policy in (manifest.exit_policy, *(table.policy for table in manifest.calibration)):
+        if policy not in supported:
+            raise CheckpointError(
+                f"{path}: {policy!r} needs gates, and the model has none; it supports: "
+                f"{', '.join(supported)}"
+            )
     for table in manifest.calibration:
         if any(len(point.exit_counts) != manifest.model.num_layers for point in table.points):
             raise CheckpointError(
@@ -305,9 +314,14 @@ def _check_heads(path: Path, model: MultiExitConfig) -> None:
             raise CheckpointError(f"{path} has a tensor {name} that the manifest does not know")
         if actual[name] != expected[name]:
             raise CheckpointError(
-                f"{path}: {name} has shape {actual[name]}, but {model.num_labels} labels and "
-                f"width {model.hidden_size} ask for {expected[name]}"
+                f"{path}: {name} has shape {actual[name]}, but {_sizes(model)} ask for "
+                f"{expected[name]}"
             )
+
+
+def _sizes(model: MultiExitConfig) -> str:
+    gates = f", gates of width {model.gate_hidden}" if model.has_gates else ""
+    return f"{model.num_labels} labels and width {model.hidden_size}{gates}"
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ class MultiExitConfig(BaseModel):
     """The shape of a multi-exit classifier.
 
     Exit layers are 1-based and ascending, and the last one is the last layer: every text has
-    left by then. `labels` is ordered by label id.
+    left by then. `labels` is ordered by label id. `gate_hidden` is the inner width of the learned
+    gates beside the exit heads: 0 is a single linear map, None is a model without gates.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,6 +29,7 @@ class MultiExitConfig(BaseModel):
     pooler: Pooler = "none"
     max_length: Annotated[int, Field(ge=2)] = 128
     head_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    gate_hidden: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -44,6 +46,8 @@ class MultiExitConfig(BaseModel):
             )
         if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels must be at least two different names, got {self.labels}")
+        if self.has_gates and self.num_exits < 2:
+            raise ValueError("gates choose between exits, but there is only the last one")
         return self
 
     @property
@@ -55,6 +59,11 @@ class MultiExitConfig(BaseModel):
     def num_exits(self) -> int:
         """Number of exit heads, E."""
         return len(self.exit_layers)
+
+    @property
+    def has_gates(self) -> bool:
+        """Is there a learned gate at every exit but the last?"""
+        return self.gate_hidden is not None
 
     def exit_index(self, exit_layer: int) -> int:
         """0-based position of an exit layer among the exits.

@@ -265,8 +265,11 @@ class PackedEncoder:
 
     @torch.inference_mode()
     def exit_head(self, exit_layer: int, hidden: PackedTokens) -> HeadOutput:
-        pooled = pool_packed(hidden, self._config.pooling).float()
-        return HeadOutput(self._heads(self._config.exit_index(exit_layer), pooled))
+        index = self._config.exit_index(exit_layer)
+        state = self._heads.state(index, pool_packed(hidden, self._config.pooling).float())
+        return HeadOutput(
+            self._heads.classify(index, state), self._heads.exit_probability(index, state)
+        )
 
 
 def check_backbone(backbone: dict[str, Any], config: MultiExitConfig) -> None:

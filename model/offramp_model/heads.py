@@ -1,4 +1,4 @@
-"""Exit heads: pooling of a layer's hidden states and the small classifier behind it.
+"""Exit heads: pooling of a layer's hidden states, the small classifier behind it, and the gate.
 
 One module holds the heads of all exits, so that training optimises and the service runs the very
 same parameters; its state dict is `exits.safetensors`. It knows nothing about the encoder, about
@@ -33,8 +33,31 @@ def pool_packed(hidden: PackedTokens, pooling: Pooling) -> Tensor:
     return torch.cat(means) if means else hidden.values[:0]
 
 
+class Gate(nn.Module):
+    """A small policy network: one logit per row, large where the row should leave.
+
+    Linear, GELU, Linear; with `hidden` 0 a single linear map (ConsistentEE page, section 1).
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, hidden) if hidden else None
+        self.out = nn.Linear(hidden or width, 1)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """States [n, H] → logits [n]."""
+        if self.hidden is not None:
+            state = nn.functional.gelu(self.hidden(state))
+        logits: Tensor = self.out(state)
+        return logits.squeeze(-1)
+
+
 class ExitHeads(nn.Module):
-    """The heads of all exits: optional dense + tanh pooler, dropout, linear classifier."""
+    """The heads of all exits: optional dense + tanh pooler, dropout, linear classifier.
+
+    Where the configuration asks for gates, every exit but the last has one on the state that its
+    classifier sees, without dropout. The last exit needs none: whoever comes so far leaves there.
+    """
 
     def __init__(self, config: MultiExitConfig) -> None:
         super().__init__()
@@ -45,10 +68,15 @@ class ExitHeads(nn.Module):
             nn.Linear(width, config.num_labels) for _ in range(config.num_exits)
         )
         self.dropout = nn.Dropout(config.head_dropout)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        _initialise(self)
+        self.gates = nn.ModuleList()
+        if config.gate_hidden is not None:
+            self.add_gates(width, config.gate_hidden)
+
+    def add_gates(self, width: int, hidden: int) -> None:
+        """Fresh gates; whatever else is here keeps its values."""
+        self.gates = nn.ModuleList(Gate(width, hidden) for _ in self.classifiers[:-1])
+        _initialise(self.gates)
 
     def init_pooler(self, dense: nn.Linear) -> None:
         """Start every pooler from a pre-trained one (BERT's own, where the backbone has it)."""
@@ -57,8 +85,38 @@ class ExitHeads(nn.Module):
 
     def forward(self, exit_index: int, pooled: Tensor) -> Tensor:
         """Pooled states [n, H] of the exit at 0-based `exit_index` → logits [n, C]."""
-        if self.poolers:
-            pooler = self.poolers[min(exit_index, len(self.poolers) - 1)]
-            pooled = torch.tanh(pooler(pooled))
-        logits: Tensor = self.classifiers[exit_index](self.dropout(pooled))
+        return self.classify(exit_index, self.state(exit_index, pooled))
+
+    def state(self, exit_index: int, pooled: Tensor) -> Tensor:
+        """What the classifier and the gate of an exit see: pooled states [n, H], or tanh of the
+        pooler's map of them."""
+        if not self.poolers:
+            return pooled
+        pooler = self.poolers[min(exit_index, len(self.poolers) - 1)]
+        return torch.tanh(pooler(pooled))
+
+    def classify(self, exit_index: int, state: Tensor) -> Tensor:
+        """States [n, H] → logits [n, C]."""
+        logits: Tensor = self.classifiers[exit_index](self.dropout(state))
         return logits
+
+    def gate_logits(self, exit_index: int, state: Tensor) -> Tensor:
+        """States [n, H] of an exit before the last → logits [n] of the probability to leave."""
+        logits: Tensor = self.gates[exit_index](state)
+        return logits
+
+    def exit_probability(self, exit_index: int, state: Tensor) -> Tensor | None:
+        """The gate's probability [n] that a row leaves here: 1 at the last exit, None without
+        gates."""
+        if not self.gates:
+            return None
+        if exit_index == len(self.classifiers) - 1:
+            return state.new_ones(len(state))
+        return torch.sigmoid(self.gate_logits(exit_index, state))
+
+
+def _initialise(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.bias)

@@ -24,9 +24,11 @@ Direction = Literal["below", "above", "at_least"]
 
 @dataclass(frozen=True, slots=True)
 class HeadOutput:
-    """What an exit head says about each row: `logits` [n, C]."""
+    """What an exit says about each row: `logits` [n, C], and where the model has gates, the
+    gate's probability to leave here, `gate` [n]."""
 
     logits: Tensor
+    gate: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,14 +217,32 @@ class VotePolicy:
         return Decision(leaving, torch.where(leaving, winner, at_end), signal)
 
 
+@dataclass(frozen=True, slots=True)
+class GatePolicy(_Memoryless):
+    """Leave when the learned gate says so with more than `threshold` (ConsistentEE).
+
+    Strict: a tie stays. The gates are trained for a threshold of 0.5; any other is an extension.
+    A row whose logits hold NaN does not leave, whatever its gate says.
+    """
+
+    name: str = "gate"
+    direction: Direction = "above"
+
+    def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
+        if head.gate is None:
+            raise ValueError("exit policy 'gate' needs gates, and this model has none")
+        broken = head.logits.isnan().any(dim=-1)
+        signal = torch.where(broken, torch.nan, head.gate)
+        leaving = _leaves(signal, rows.threshold, self.direction)
+        return Decision(leaving, head.logits.argmax(dim=-1), signal)
+
+
 def _signal_policy(
     name: str, direction: Direction, signal: Callable[[Tensor], Tensor]
 ) -> Callable[[], ExitPolicy]:
     return lambda: SignalPolicy(name, direction, signal)
 
 
-# The learned gate of ConsistentEE joins here once a checkpoint can carry gates: its probability
-# travels in HeadOutput beside the logits, and it leaves "above" like confidence.
 POLICIES: dict[str, Callable[[], ExitPolicy]] = {
     "full_depth": FullDepthPolicy,
     "fixed_layer": FixedLayerPolicy,
@@ -232,6 +252,7 @@ POLICIES: dict[str, Callable[[], ExitPolicy]] = {
     "energy": _signal_policy("energy", "below", signals.energy),
     "patience": PatiencePolicy,
     "vote": VotePolicy,
+    "gate": GatePolicy,
 }
 
 
@@ -245,6 +266,27 @@ def make_policy(name: str) -> ExitPolicy:
         return POLICIES[name]()
     except KeyError:
         raise ValueError(f"unknown exit policy {name!r}; known: {', '.join(POLICIES)}") from None
+
+
+def supported_policies(config: MultiExitConfig) -> tuple[str, ...]:
+    """The policies whose inputs a model has: `gate` needs gates, the others only logits."""
+    return tuple(name for name in POLICIES if name != "gate" or config.has_gates)
+
+
+def make_supported_policy(name: str, config: MultiExitConfig) -> ExitPolicy:
+    """The exit policy of that name, for this model.
+
+    Raises:
+        ValueError: there is none, or the model lacks what it looks at; the message lists those
+            that the model supports.
+    """
+    policy, supported = make_policy(name), supported_policies(config)
+    if name not in supported:
+        raise ValueError(
+            f"exit policy {name!r} needs gates, and this checkpoint has none; it supports: "
+            f"{', '.join(supported)}"
+        )
+    return policy
 
 
 def threshold_range(policy: ExitPolicy, config: MultiExitConfig) -> tuple[float, float]:

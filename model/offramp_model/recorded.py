@@ -1,7 +1,7 @@
-"""Every exit's logits of a set of texts, recorded once and replayed under any policy.
+"""What every exit says of a set of texts, recorded once and replayed under any policy.
 
 The replay is a `LayerStack` without an encoder: evaluation and calibration drive the real layer
-loop over it, at no encoder cost. It knows nothing about where the logits came from.
+loop over it, at no encoder cost. It knows nothing about where the figures came from.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,16 +17,23 @@ from offramp_model.rows import Encoding, PackedTokens, RowSettings, TokenBatch
 
 @dataclass(frozen=True, slots=True)
 class RecordedExits:
-    """Logits of every exit for every row: float32 [E, N, C], rows in submitted order."""
+    """Logits of every exit for every row: float32 [E, N, C], rows in submitted order; where the
+    model has gates, their probabilities to leave, float32 [E, N]."""
 
     logits: Tensor
     exit_layers: tuple[int, ...]
+    gate: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.logits.ndim != 3 or self.logits.shape[0] != len(self.exit_layers):
             raise ValueError(
                 f"logits must be [{len(self.exit_layers)} exits, rows, classes], "
                 f"got {tuple(self.logits.shape)}"
+            )
+        if self.gate is not None and self.gate.shape != self.logits.shape[:2]:
+            raise ValueError(
+                f"gate must be {list(self.logits.shape[:2])}, one per exit and row, "
+                f"got {tuple(self.gate.shape)}"
             )
 
     @property
@@ -68,8 +75,11 @@ class RecordedStack:
         return hidden
 
     def exit_head(self, exit_layer: int, hidden: PackedTokens) -> HeadOutput:
-        index = self._recorded.exit_layers.index(exit_layer)
-        return HeadOutput(self._recorded.logits[index, hidden.values[:, 0].long()])
+        index, row = self._recorded.exit_layers.index(exit_layer), hidden.values[:, 0].long()
+        gate = self._recorded.gate
+        return HeadOutput(
+            self._recorded.logits[index, row], None if gate is None else gate[index, row]
+        )
 
     def batch(self) -> TokenBatch:
         """All recorded rows as one batch: one token each, the row's index."""
@@ -92,7 +102,7 @@ def record_exits(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> RecordedExits:
-    """Run texts through the whole stack and keep every exit's logits.
+    """Run texts through the whole stack and keep what every exit says.
 
     Batches are formed in order of length, so that a batch holds few distinct lengths. `progress`
     is told the number of rows done after each batch.
@@ -104,6 +114,7 @@ def record_exits(
         raise ValueError("there are no texts to record")
     by_length = sorted(range(len(encodings)), key=lambda index: len(encodings[index]))
     logits = torch.empty(len(stack.exit_layers), len(encodings), stack.num_labels)
+    gate: Tensor | None = None
     for start in range(0, len(by_length), batch_size):
         chosen = by_length[start : start + batch_size]
         batch = TokenBatch.pack([encodings[index] for index in chosen])
@@ -111,10 +122,14 @@ def record_exits(
         hidden = stack.embed(batch)
         for exit_index, exit_layer in enumerate(stack.exit_layers):
             hidden = stack.segment(exit_layer, hidden)
-            logits[exit_index, submitted] = stack.exit_head(exit_layer, hidden).logits.float()
+            head = stack.exit_head(exit_layer, hidden)
+            logits[exit_index, submitted] = head.logits.float()
+            if head.gate is not None:
+                gate = logits.new_empty(logits.shape[:2]) if gate is None else gate
+                gate[exit_index, submitted] = head.gate.float()
         if progress is not None:
             progress(start + len(chosen))
-    return RecordedExits(logits, stack.exit_layers)
+    return RecordedExits(logits, stack.exit_layers, gate)
 
 
 def replay(

@@ -13,7 +13,7 @@ from offramp_model.calibration import CalibrationTable
 from offramp_model.checkpoint import DTYPES, CheckpointError, load_checkpoint
 from offramp_model.config import MultiExitConfig
 from offramp_model.layer_loop import LayerStack
-from offramp_model.policies import ExitPolicy, make_policy
+from offramp_model.policies import ExitPolicy, make_supported_policy
 from offramp_model.tokenizer import TextTokenizer
 from offramp_service.settings import Settings
 
@@ -62,7 +62,7 @@ def load_model(settings: Settings) -> ServedModel:
         SettingsError: it is, but a setting does not fit it.
     """
     checkpoint = load_checkpoint(settings.model_id)
-    policy = _policy(settings.exit_policy or checkpoint.manifest.exit_policy)
+    policy = _policy(settings.exit_policy or checkpoint.manifest.exit_policy, checkpoint.model)
     try:
         table = checkpoint.table(policy.name, dtype=settings.dtype)
     except CheckpointError as error:
@@ -91,9 +91,9 @@ def load_model(settings: Settings) -> ServedModel:
     )
 
 
-def _policy(name: str) -> ExitPolicy:
+def _policy(name: str, config: MultiExitConfig) -> ExitPolicy:
     try:
-        return make_policy(name)
+        return make_supported_policy(name, config)
     except ValueError as error:
         raise SettingsError(f"--exit-policy: {error}") from None
 

@@ -29,7 +29,7 @@ def tiny() -> ModuleType:
 
 def answers(device: str, policy_name: str, threshold: float) -> list[tuple[int, int]]:
     fixtures: Any = tiny()
-    config = fixtures.tiny_config()
+    config = fixtures.tiny_config(gate_hidden=5)
     stack = PackedEncoder(
         fixtures.BACKBONE,
         fixtures.bert_tensors().__getitem__,

@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from rich.console import Console
 
 from offramp_model.checkpoint import DTYPES, CheckpointError, Manifest, load_checkpoint
-from offramp_model.policies import POLICIES
+from offramp_model.policies import POLICIES, supported_policies
 from offramp_training.config import make_recipe, read_recipe
 from offramp_training.data import Columns, Dataset, load_split
 from offramp_training.errors import DataError, OutputError, TrainingError
@@ -83,7 +83,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(options.checkpoint)
     dataset = _rows(options, checkpoint.manifest)
     checkpoint = calibrate_checkpoint(checkpoint, dataset, dtype=options.dtype)
-    for policy in POLICIES:
+    for policy in supported_policies(checkpoint.model):
         table = checkpoint.table(policy, backend=options.backend, dtype=options.dtype)
         print(f"{policy}: {len(table.points)} points up to {table.max_speedup:.2f}x")
     if options.dtype == "float32":  # the figures in the model card are this dtype's

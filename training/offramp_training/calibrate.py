@@ -14,10 +14,10 @@ import torch
 
 from offramp_model.calibration import CalibrationTable, curve
 from offramp_model.checkpoint import Checkpoint, update_manifest
-from offramp_model.policies import POLICIES, make_policy
+from offramp_model.policies import make_policy, supported_policies
 from offramp_training.data import Dataset
 from offramp_training.errors import DataError
-from offramp_training.evaluate import record_dataset
+from offramp_training.evaluate import check_policies, record_dataset
 
 BACKEND = "torch"
 
@@ -27,10 +27,13 @@ def calibrate_checkpoint(
     dataset: Dataset,
     *,
     dtype: str = "float32",
-    policies: Sequence[str] = tuple(POLICIES),
+    policies: Sequence[str] | None = None,
 ) -> Checkpoint:
-    """Measures each policy on `dataset` and stores the tables; returns the checkpoint with them."""
+    """Measures each policy, by default all that the checkpoint supports, on `dataset` and stores
+    the tables; returns the checkpoint with them."""
     manifest = checkpoint.manifest
+    policies = policies or supported_policies(checkpoint.model)
+    check_policies(checkpoint, policies)
     if dataset.split == "train" or dataset.fingerprint == manifest.data.train_fingerprint:
         raise DataError(
             f"split {dataset.split!r} holds the training rows: thresholds tuned on them would be "

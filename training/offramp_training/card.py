@@ -46,12 +46,25 @@ def _figures(manifest: Manifest) -> str:
             f"| {point['macro_f1']:.4f} | {point['mean_exit_layer']:.2f} |"
             for point in one.get("calibrated", ())
         ),
+        *_natural(one),
         "",
         "| every row leaves at layer | accuracy |",
         "|---|---|",
         *(f"| {one['exit_layer']} | {one['accuracy']:.4f} |" for one in evaluation["layers"]),
     ]
     return "\n".join(lines)
+
+
+def _natural(policy: dict[str, Any]) -> list[str]:
+    """The operating point that the exits were trained for, where there is one."""
+    point = policy.get("natural")
+    if not point:
+        return []
+    return [
+        "",
+        f"At the threshold that the exits were trained for, {point['threshold']:g}: speed-up "
+        f"{point['speedup']:.2f}, accuracy {point['accuracy']:.4f}.",
+    ]
 
 
 def _thresholds(manifest: Manifest) -> str:

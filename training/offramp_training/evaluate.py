@@ -27,15 +27,21 @@ from offramp_model.calibration import (
     point_for,
     reachable_speedups,
 )
-from offramp_model.checkpoint import DTYPES, Checkpoint, update_manifest
-from offramp_model.policies import POLICIES, make_policy
+from offramp_model.checkpoint import DTYPES, Checkpoint, CheckpointError, update_manifest
+from offramp_model.config import MultiExitConfig
+from offramp_model.policies import make_policy, make_supported_policy, supported_policies
 from offramp_model.recorded import RecordedExits, record_exits, replay
 from offramp_training.data import Dataset
 from offramp_training.errors import DataError, OutputError
 from offramp_training.progress import rows_bar
 
-# The curves worth comparing: not full depth (one point) nor a fixed layer (the `layers` table).
-DEFAULT_POLICIES = tuple(name for name in POLICIES if name not in ("full_depth", "fixed_layer"))
+
+def default_policies(model: MultiExitConfig) -> tuple[str, ...]:
+    """The curves worth comparing, of those that the model supports: not full depth (one point) nor
+    a fixed layer (the `layers` table)."""
+    return tuple(
+        name for name in supported_policies(model) if name not in ("full_depth", "fixed_layer")
+    )
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,14 @@ class PolicyReport:
 
     `points` have the thresholds that these very rows ask for; `calibrated` those that the
     checkpoint's own table gives for a requested speed-up, which is what a request will get.
+    `natural` is at the threshold that the exits were trained for, where there is one.
     """
 
     requested: tuple[float, ...]
     points: tuple[CurvePoint, ...]
     curve: tuple[CurvePoint, ...]
     calibrated: dict[float, CurvePoint]  # requested speed-up -> what came out
+    natural: CurvePoint | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ class Report:
                         for speedup, point in one.calibrated.items()
                     ],
                 }
+                | ({"natural": _plain(one.natural)} if one.natural else {})
                 | ({"curve": [_plain(point) for point in one.curve]} if with_curves else {})
                 for name, one in self.policies.items()
             },
@@ -96,20 +105,34 @@ class Report:
 def evaluate_checkpoint(
     checkpoint: Checkpoint, dataset: Dataset, policies: Sequence[str] | None = None
 ) -> Report:
-    """Records every exit on `dataset` and measures each policy."""
+    """Records every exit on `dataset` and measures each policy, or those worth it."""
+    manifest, chosen = checkpoint.manifest, policies or default_policies(checkpoint.model)
+    check_policies(checkpoint, chosen)
     recorded = record_dataset(checkpoint, dataset)
     tables = {
         table.policy: table
-        for table in checkpoint.manifest.calibration
+        for table in manifest.calibration
         if (table.backend, table.dtype) == ("torch", "float32")
     }
-    return make_report(recorded, dataset, policies or DEFAULT_POLICIES, tables)
+    natural = {}
+    if manifest.exit_threshold is not None:
+        natural[manifest.exit_policy] = manifest.exit_threshold
+    return make_report(recorded, dataset, chosen, tables, natural)
+
+
+def check_policies(checkpoint: Checkpoint, policies: Sequence[str]) -> None:
+    """Whether the checkpoint has what each policy looks at, found out before any row runs."""
+    for name in policies:
+        try:
+            make_supported_policy(name, checkpoint.model)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.directory}: {error}") from None
 
 
 def record_dataset(
     checkpoint: Checkpoint, dataset: Dataset, dtype: str = "float32"
 ) -> RecordedExits:
-    """Every exit's logits on the stack that serves."""
+    """What every exit says on the stack that serves."""
     if dataset.label_names != checkpoint.model.labels:
         raise DataError(
             f"the data's labels are {', '.join(dataset.label_names)}; "
@@ -128,8 +151,12 @@ def make_report(
     dataset: Dataset,
     policies: Sequence[str],
     tables: Mapping[str, CalibrationTable],
+    natural: Mapping[str, float] | None = None,
 ) -> Report:
-    """All figures from recorded exits; no encoder runs here."""
+    """All figures from recorded exits; no encoder runs here.
+
+    `tables` and `natural`, thresholds that exits were trained for, are by policy.
+    """
     labels = torch.tensor(dataset.labels)
     speedup, accuracy = oracle(recorded, labels)
     accuracies = layer_accuracies(recorded, labels)
@@ -139,7 +166,10 @@ def make_report(
         labels=dataset.label_names,
         layers=dict(zip(recorded.exit_layers, accuracies, strict=True)),
         policies={
-            name: _measure_policy(recorded, labels, name, tables.get(name)) for name in policies
+            name: _measure_policy(
+                recorded, labels, name, tables.get(name), (natural or {}).get(name)
+            )
+            for name in policies
         },
         oracle_speedup=speedup,
         oracle_accuracy=accuracy,
@@ -147,7 +177,11 @@ def make_report(
 
 
 def _measure_policy(
-    recorded: RecordedExits, labels: torch.Tensor, name: str, table: CalibrationTable | None
+    recorded: RecordedExits,
+    labels: torch.Tensor,
+    name: str,
+    table: CalibrationTable | None,
+    natural: float | None,
 ) -> PolicyReport:
     policy = make_policy(name)
     points = curve(recorded, labels, policy)
@@ -168,6 +202,7 @@ def _measure_policy(
         points=tuple(replayed(point_for(points, speedup).threshold) for speedup in requested),
         curve=points,
         calibrated=calibrated,
+        natural=None if natural is None else replayed(natural),
     )
 
 
@@ -231,6 +266,12 @@ def print_report(report: Report, console: Console) -> None:
         served.add_row(name, *list(cells)[: len(requested)])
     if any(one.calibrated for one in report.policies.values()):
         console.print(served)
+    for name, one in report.policies.items():
+        if one.natural is not None:
+            console.print(
+                f"{name} at the threshold it was trained for, {one.natural.threshold:g}: accuracy "
+                f"{one.natural.accuracy:.4f} at {one.natural.speedup:.2f}x"
+            )
 
 
 def _plain(point: CurvePoint) -> dict[str, Any]:

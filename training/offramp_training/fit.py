@@ -213,6 +213,7 @@ def _manifest(recipe: Recipe, rows: FitData, model: MultiExitModel) -> Manifest:
     return Manifest(
         model=model.config,
         exit_policy=recipe.objective.exit_policy,
+        exit_threshold=recipe.objective.exit_threshold,
         objective=ObjectiveRecord(name=recipe.objective.name, parameters=table),
         seed=recipe.loop.seed,
         data=DataRecord(

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offramp_model.checkpoint import Checkpoint, load_checkpoint
+from offramp_model.config import MultiExitConfig
 
 
 def inspect_checkpoint(directory: Path, console: Console) -> None:
@@ -32,7 +33,7 @@ def _print_facts(checkpoint: Checkpoint, console: Console) -> None:
         ("backbone", f"{checkpoint.backbone.get('model_type')}, {model.num_layers} layers, "
                      f"{model.hidden_size} wide, {model.max_length} tokens at most"),
         ("exits", "after layers " + ", ".join(map(str, model.exit_layers))),
-        ("heads", f"pooling {model.pooling}, pooler {model.pooler}"),
+        ("heads", f"pooling {model.pooling}, pooler {model.pooler}, {_gates(model)}"),
         ("labels", f"{model.num_labels}: {labels}"),
         ("objective", manifest.objective.name),
         ("exit policy", manifest.exit_policy),
@@ -42,6 +43,12 @@ def _print_facts(checkpoint: Checkpoint, console: Console) -> None:
     ):  # fmt: skip
         facts.add_row(name, value)
     console.print(facts)
+
+
+def _gates(model: MultiExitConfig) -> str:
+    if not model.has_gates:
+        return "no gates"
+    return f"gates {model.gate_hidden} wide" if model.gate_hidden else "linear gates"
 
 
 def _print_settings(checkpoint: Checkpoint, console: Console) -> None:

@@ -160,7 +160,9 @@ class Run:
     @property
     def out_of_patience(self) -> bool:
         patience = self.recipe.loop.patience
-        return patience is not None and self.best.bad_evaluations >= patience
+        # A stage whose aim is not the exits' accuracy is not stopped by it either.
+        counts = self.stages[self.position.stage].keeps_best
+        return counts and patience is not None and self.best.bad_evaluations >= patience
 
     @property
     def stopped(self) -> bool:
@@ -214,15 +216,18 @@ class Run:
         self.total_steps = batches * stage.steps_per_batch
         restored, self._restored = self._restored, None
         if restored is not None:
-            # A point between two stages has nothing of the next one yet, except the generators.
+            # A point between two stages has of the next one what earlier ones left it, and the
+            # generators.
+            stage.load_state_dict(restored["stage"])
             if self.position.stage_batches:
-                stage.load_state_dict(restored["stage"])
                 self.optimiser.load_state_dict(restored["optimiser"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(restored["scaler"])
             set_rng_state(restored["rng"])
-        if not self.position.stage_batches:
-            stage.prepare(lambda: self.train_rows.in_order(EVALUATION_BATCH))
+        prepare = stage.rebuild if self.position.stage_batches else stage.prepare
+        prepare(lambda: self.train_rows.in_order(EVALUATION_BATCH))
+        for line in stage.report():
+            self.reporter.say(line)
         self.model.train()
         self.reporter.start_stage(stage.name, batches, self.position.stage_batches)
 

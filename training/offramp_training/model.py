@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import nn
@@ -43,14 +43,62 @@ class MultiExitModel(nn.Module):
             if config.pooler != "none" and hasattr(pooler, "dense"):
                 self.exits.init_pooler(pooler.dense)
 
+    def add_gates(self, hidden: int) -> None:
+        """Fresh gates beside the exit heads, for an objective that learns when to leave."""
+        if self.config.num_exits < 2:
+            raise ValueError(
+                f"gates choose between exits; model.exit_layers = {list(self.config.exit_layers)} "
+                "has only the last one"
+            )
+        self.config = self.config.model_copy(update={"gate_hidden": hidden})
+        self.exits.add_gates(self.config.hidden_size, hidden)
+        self.exits.gates.to(self.device)
+
+    @overload
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         token_type_ids: torch.Tensor,
-    ) -> torch.Tensor:
+        *,
+        with_gates: Literal[False] = False,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor,
+        *,
+        with_gates: Literal[True],
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor,
+        *,
+        with_gates: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits of every exit; `with_gates` also those of the gates, [E - 1, B]."""
+        states = self.states(input_ids, attention_mask, token_type_ids)
+        logits = torch.stack([self.exits.classify(i, state) for i, state in enumerate(states)])
+        if not with_gates:
+            return logits
+        gates = [self.exits.gate_logits(i, state) for i, state in enumerate(states[:-1])]
+        return logits, torch.stack(gates)
+
+    def states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """What each exit's classifier and gate see, [B, H] each."""
         pooled = self.pooled(input_ids, attention_mask, token_type_ids)
-        return torch.stack([self.exits(index, rows) for index, rows in enumerate(pooled)])
+        return [self.exits.state(index, rows) for index, rows in enumerate(pooled)]
 
     def pooled(
         self,
@@ -72,6 +120,13 @@ class MultiExitModel(nn.Module):
         """`forward` of a batch."""
         logits: torch.Tensor = self(batch.input_ids, batch.attention_mask, batch.token_type_ids)
         return logits
+
+    def logits_and_gates(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of every exit, [E, B, C], and of every gate, [E - 1, B], from one pass."""
+        both: tuple[torch.Tensor, torch.Tensor] = self(
+            batch.input_ids, batch.attention_mask, batch.token_type_ids, with_gates=True
+        )
+        return both
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,7 @@ COLOURS = {
     "margin": "#CC79A7",
     "patience": "#E69F00",
     "vote": "#56B4E9",
+    "gate": "#000000",
 }
 GREY = "#5f6368"
 SUFFIXES = (".png", ".svg", ".pdf")

@@ -87,7 +87,7 @@ def spread_heads(config: MultiExitConfig) -> ExitHeads:
 
 @pytest.fixture(scope="session")
 def stack() -> PackedEncoder:
-    config = tiny_config()
+    config = tiny_config(gate_hidden=5)
     return PackedEncoder(BACKBONE, bert_tensors().__getitem__, spread_heads(config), config)
 
 

@@ -26,7 +26,8 @@ EXITS = (1, 2, 3, 4, 5, 6)
 
 def recorded(rows: int = 60, seed: int = 0, exits: tuple[int, ...] = EXITS) -> RecordedExits:
     generator = torch.Generator().manual_seed(seed)
-    return RecordedExits(torch.randn(len(exits), rows, 4, generator=generator) * 3, exits)
+    logits = torch.randn(len(exits), rows, 4, generator=generator) * 3
+    return RecordedExits(logits, exits, torch.rand(len(exits), rows, generator=generator))
 
 
 def labels(rows: int = 60) -> torch.Tensor:

@@ -118,10 +118,12 @@ def test_law_3_a_nan_signal_never_leaves(
     name: str, logits: list[list[float]], broken: set[int]
 ) -> None:
     policy = make_policy(name)
-    values = torch.tensor(logits)[:, None]
+    values, gate = torch.tensor(logits)[:, None], torch.rand(4, 1)
     for exit_index in broken:
         values[exit_index, :, exit_index % 3] = torch.nan
-    outcome = replay(RecordedExits(values, (1, 2, 3, 4)), policy, -never(policy))
+        if exit_index % 2:  # one of the two is enough
+            gate[exit_index] = torch.nan
+    outcome = replay(RecordedExits(values, (1, 2, 3, 4), gate), policy, -never(policy))
     if policy.name in ("full_depth", "fixed_layer"):  # they do not look at the signal
         return
     sound = [index + 1 for index in range(4) if index not in broken]
@@ -199,8 +201,9 @@ def test_law_5_neighbours_and_order_do_not_change_an_answer(
 @given(seed=seeds, min_layer=st.integers(1, 4))
 def test_the_vectorised_trace_is_the_layer_loop(name: str, seed: int, min_layer: int) -> None:
     policy = make_policy(name)
-    logits = torch.randn(4, 25, 3, generator=torch.Generator().manual_seed(seed)) * 2
-    recorded = RecordedExits(logits, (1, 2, 4, 6))
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(4, 25, 3, generator=generator) * 2
+    recorded = RecordedExits(logits, (1, 2, 4, 6), torch.rand(4, 25, generator=generator))
     seen = trace(recorded, policy)
     labels = torch.zeros(25, dtype=torch.int64)
     for point in curve(recorded, labels, policy, num_points=20):

@@ -159,7 +159,8 @@ def test_policies_decide_for_no_rows() -> None:
             alive=torch.zeros(0, dtype=torch.bool),
             state=policy.initial_state(0, stack.num_labels, "cpu"),
         )
-        assert policy.decide(1, HeadOutput(torch.zeros(0, 2)), empty).leaving.shape == (0,)
+        head = HeadOutput(torch.zeros(0, 2), torch.zeros(0))
+        assert policy.decide(1, head, empty).leaving.shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,8 @@ def test_policies_decide_for_no_rows() -> None:
         ({"labels": ("a", "a")}, "at least two different names"),
         ({"pooling": "max"}, "'cls' or 'mean'"),
         ({"colour": 1}, "Extra inputs are not permitted"),
+        ({"gate_hidden": -1}, "greater than or equal to 0"),
+        ({"gate_hidden": 4, "exit_layers": (4,)}, "there is only the last one"),
     ],
 )
 def test_an_impossible_model_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -191,6 +194,8 @@ def test_speed_refuses_nonsense() -> None:
 def test_recorded_exits_check_their_shape() -> None:
     with pytest.raises(ValueError, match=r"\[2 exits, rows, classes\]"):
         RecordedExits(torch.zeros(3, 1, 2), (1, 2))
+    with pytest.raises(ValueError, match=r"gate must be \[2, 1\]"):
+        RecordedExits(torch.zeros(2, 1, 2), (1, 2), torch.zeros(1, 1))
     with pytest.raises(ValueError, match="no texts"):
         record_exits(RecordedStack(RecordedExits(torch.zeros(1, 1, 2), (1,))), [])
 

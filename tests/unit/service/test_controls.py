@@ -138,6 +138,10 @@ def test_without_a_calibration_only_thresholds_can_be_asked_for(directory: Path)
     ("wrong", "message"),
     [
         ({"exit_policy": "guess"}, "unknown exit policy 'guess'; known: full_depth"),
+        (
+            {"exit_policy": "gate"},
+            "--exit-policy: exit policy 'gate' needs gates.*it supports: full",
+        ),
         ({"max_input_length": 64}, "--max-input-length 64: this checkpoint takes 32"),
         ({"max_batch_tokens": 16}, "--max-batch-tokens 16 does not hold one text of 32"),
         ({"min_speedup": 9.0}, "--min-speedup 9.0: this checkpoint is calibrated up to 4"),

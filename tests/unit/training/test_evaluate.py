@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from offramp_model.checkpoint import load_checkpoint
-from offramp_model.policies import POLICIES
+from offramp_model.checkpoint import CheckpointError, load_checkpoint
+from offramp_model.policies import supported_policies
 from offramp_training.calibrate import calibrate_checkpoint
 from offramp_training.data import load_split
 from offramp_training.errors import DataError
 from offramp_training.evaluate import (
-    DEFAULT_POLICIES,
     Report,
+    default_policies,
     evaluate_checkpoint,
     store_report,
     write_json,
@@ -41,7 +41,9 @@ def test_the_json_has_the_agreed_shape(report: Report, tmp_path: Path) -> None:
     assert (content["num_layers"], content["rows"]) == (3, 40)
     assert content["labels"] == ["pleasure", "dread", "craft"]
     assert [layer["exit_layer"] for layer in content["layers"]] == [1, 2, 3]
-    assert content["policies"].keys() == set(DEFAULT_POLICIES)
+    assert content["policies"].keys() == {
+        "confidence", "margin", "entropy", "energy", "patience", "vote",
+    }  # fmt: skip
     for policy in content["policies"].values():
         assert policy.keys() == {"points", "calibrated", "curve"}
         for point in policy["points"] + policy["curve"]:
@@ -68,7 +70,9 @@ def test_points_are_the_smallest_speedup_that_suffices(report: Report) -> None:
 def test_fit_calibrates_every_policy_on_held_out_rows(checkpoint: Path, data: Path) -> None:
     opened = load_checkpoint(checkpoint)
     validation = load_split(str(data), "validation")
-    assert {table.policy for table in opened.manifest.calibration} == set(POLICIES)
+    supported = supported_policies(opened.model)
+    assert "gate" not in supported
+    assert {table.policy for table in opened.manifest.calibration} == set(supported)
     for table in opened.manifest.calibration:
         assert table.data_fingerprint == validation.fingerprint
         assert table.data_fingerprint == opened.manifest.data.held_out_fingerprint
@@ -90,7 +94,7 @@ def test_calibration_replaces_its_own_tables_only(
     assert opened.table("entropy").split == "test"
     assert opened.table("entropy", dtype="bfloat16").rows == 40
     assert opened.table("energy").split == "validation"
-    assert len(opened.manifest.calibration) == len(POLICIES) + 1
+    assert len(opened.manifest.calibration) == len(supported_policies(opened.model)) + 1
 
 
 def test_training_rows_are_refused_under_any_name(
@@ -102,6 +106,15 @@ def test_training_rows_are_refused_under_any_name(
     renamed = train.take(reversed(range(len(train))), split="validation")
     with pytest.raises(DataError, match="training rows"):
         calibrate_checkpoint(load_checkpoint(checkpoint), renamed)
+
+
+def test_a_policy_whose_inputs_are_missing_is_refused(checkpoint: Path, data: Path) -> None:
+    opened, rows = load_checkpoint(checkpoint), load_split(str(data), "test")
+    assert "gate" not in default_policies(opened.model)
+    for measure in (evaluate_checkpoint, calibrate_checkpoint):
+        with pytest.raises(CheckpointError, match=r"'gate' needs gates.*it supports: full_depth"):
+            measure(opened, rows, policies=["entropy", "gate"])
+    assert load_checkpoint(checkpoint).manifest == opened.manifest
 
 
 def test_rows_of_another_task_are_refused(checkpoint: Path, tmp_path: Path) -> None:

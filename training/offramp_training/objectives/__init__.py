@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from offramp_training.objectives.base import Objective, Progress, Stage
+from offramp_training.objectives.consistentee import ConsistentEE
 from offramp_training.objectives.cosee import Cosee
 from offramp_training.objectives.ensemble import Ensemble
 from offramp_training.objectives.joint import Joint
@@ -13,6 +14,7 @@ from offramp_training.objectives.l2w import L2W
 OBJECTIVES: dict[str, Any] = {
     "joint": Joint,
     "ensemble": Ensemble,
+    "consistentee": ConsistentEE,
     "cosee": Cosee,
     "l2w": L2W,
 }

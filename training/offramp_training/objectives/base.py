@@ -56,6 +56,14 @@ class Stage:
     def prepare(self, batches: Callable[[], Iterable[Batch]]) -> None:
         """Before the first epoch, with the training rows in file order. Not when resuming in it."""
 
+    def rebuild(self, batches: Callable[[], Iterable[Batch]]) -> None:
+        """When resuming in the stage, with the same rows, once model and `state_dict` are back:
+        makes anew what follows from them and is too large to keep."""
+
+    def report(self) -> list[str]:
+        """Lines for whoever watches, once the stage is prepared."""
+        return []
+
     def begin_epoch(self, epoch: int) -> None:
         """Before the first batch of an epoch. Not called when resuming inside it."""
 
@@ -64,7 +72,10 @@ class Stage:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model: nested dicts, lists, tensors, numbers."""
+        """What a resumed run needs beside the model: nested dicts, lists, tensors, numbers.
+
+        Also asked between two stages, of the one to come: what earlier stages left it.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -80,6 +91,11 @@ class Objective(Protocol):
     @property
     def exit_policy(self) -> str:
         """The policy that checkpoints of this objective serve with unless told otherwise."""
+        ...
+
+    @property
+    def exit_threshold(self) -> float | None:
+        """That policy's raw threshold that the exits are trained for, where there is one."""
         ...
 
     def stages(self, model: MultiExitModel, config: Recipe) -> list[Stage]: ...

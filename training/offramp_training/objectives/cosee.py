@@ -66,6 +66,10 @@ class Cosee(BaseModel):
     def exit_policy(self) -> str:
         return self.signal
 
+    @property
+    def exit_threshold(self) -> None:
+        return None
+
     def stages(self, model: MultiExitModel, config: Recipe) -> list[Stage]:
         return [CoseeStage(model, config.loop.epochs, self, config.loop.seed)]
 

@@ -43,6 +43,10 @@ class Ensemble(BaseModel):
     def exit_policy(self) -> str:
         return "vote"
 
+    @property
+    def exit_threshold(self) -> None:
+        return None
+
     def stages(self, model: MultiExitModel, config: Recipe) -> list[Stage]:
         return [EnsembleStage(model, config.loop.epochs, self)]
 

@@ -39,6 +39,10 @@ class Joint(BaseModel):
     def exit_policy(self) -> str:
         return "entropy"
 
+    @property
+    def exit_threshold(self) -> None:
+        return None
+
     def stages(self, model: MultiExitModel, config: Recipe) -> list[Stage]:
         weights = exit_weights(self.weights, model.config.exit_layers)
         return [JointStage(model, config.loop.epochs, weights, self.reduction)]

@@ -80,6 +80,10 @@ class L2W(BaseModel):
     def exit_policy(self) -> str:
         return "confidence"
 
+    @property
+    def exit_threshold(self) -> None:
+        return None
+
     def stages(self, model: MultiExitModel, config: Recipe) -> list[Stage]:
         _check_batches(config)
         _check_weights(self, config.loop.batch_size // 2, model.config.num_exits)

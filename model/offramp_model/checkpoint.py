@@ -74,7 +74,8 @@ class Manifest(BaseModel):
     format_version: Literal[1] = 1
     model: MultiExitConfig
     problem_type: Literal["single_label_classification"] = "single_label_classification"
-    exit_policy: str
+    exit_policy: str  # what requests get unless they ask for another
+    best_policy: str | None = None  # the most accurate at speed-up 2 when it was calibrated
     objective: ObjectiveRecord
     seed: int
     data: DataRecord
@@ -272,10 +273,9 @@ def _read_manifest(path: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: {where}: {first['msg']}") from error
-    if manifest.exit_policy not in POLICIES:
-        raise CheckpointError(
-            f"{path}: unknown exit_policy {manifest.exit_policy!r}; known: {', '.join(POLICIES)}"
-        )
+    for key, name in (("exit_policy", manifest.exit_policy), ("best_policy", manifest.best_policy)):
+        if name not in POLICIES and not (key == "best_policy" and name is None):
+            raise CheckpointError(f"{path}: unknown {key} {name!r}; known: {', '.join(POLICIES)}")
     for table in manifest.calibration:
         if any(len(point.exit_counts) != manifest.model.num_layers for point in table.points):
             raise CheckpointError(

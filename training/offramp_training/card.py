@@ -46,6 +46,7 @@ def _figures(manifest: Manifest) -> str:
             f"| {point['macro_f1']:.4f} | {point['mean_exit_layer']:.2f} |"
             for point in one.get("calibrated", ())
         ),
+        *_best(manifest),
         "",
         "| every row leaves at layer | accuracy |",
         "|---|---|",
@@ -64,6 +65,13 @@ def _thresholds(manifest: Manifest) -> str:
                 f"rows of `{table.split}`"
             )
     return f"{policy}, not calibrated"
+
+
+def _best(manifest: Manifest) -> list[str]:
+    if manifest.best_policy is None:
+        return []
+    best = f"Most accurate policy at speed-up 2 on the calibration rows: `{manifest.best_policy}`."
+    return ["", best]
 
 
 def _use() -> str:

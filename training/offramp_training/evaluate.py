@@ -37,6 +37,9 @@ from offramp_training.progress import rows_bar
 # The curves worth comparing: not full depth (one point) nor a fixed layer (the `layers` table).
 DEFAULT_POLICIES = tuple(name for name in POLICIES if name not in ("full_depth", "fixed_layer"))
 
+HEADLINE_SPEEDUP = 2.0
+"""Where policies and checkpoints are compared when one number must do; one of those reported."""
+
 
 @dataclass(frozen=True)
 class PolicyReport:
@@ -169,6 +172,23 @@ def _measure_policy(
         curve=points,
         calibrated=calibrated,
     )
+
+
+def best_policy(curves: Mapping[str, Sequence[CurvePoint]], natural: str) -> str | None:
+    """The policy with the highest accuracy at speed-up 2, of curves over the same rows.
+
+    None where no curve gets that far. Full depth and a fixed layer are what policies are measured
+    against and do not compete. Of equals the objective's natural policy is the best, else the one
+    that `POLICIES` lists first.
+    """
+    reaching = {
+        name: point_for(tuple(curves[name]), HEADLINE_SPEEDUP).accuracy
+        for name in DEFAULT_POLICIES
+        if name in curves and HEADLINE_SPEEDUP in reachable_speedups(curves[name])
+    }
+    if not reaching:
+        return None
+    return max(reaching, key=lambda name: (reaching[name], name == natural))
 
 
 def store_report(checkpoint: Checkpoint, report: Report, split: str) -> None:

@@ -1,4 +1,4 @@
-"""`offramp-train`: the command line over fit, evaluate, calibrate and inspect.
+"""`offramp-train`: the command line over fit, sweep, evaluate, compare, calibrate and inspect.
 
 Parses, calls, prints. What a user got wrong ends as one line on stderr and exit status 2.
 """
@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # Idle OpenMP threads sleep instead of spinning: on a machine that does anything else beside,
 # spinning makes a step several times slower. Read when torch is loaded, so it comes first.
@@ -72,6 +73,23 @@ def _evaluate(options: argparse.Namespace) -> None:
         write_json(report, options.json)
     if options.plot:
         plot_report(report, options.plot, title=f"{checkpoint.manifest.data.name}, {dataset.split}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from offramp_training.compare import compare_checkpoints, print_comparison, write_comparison
+    from offramp_training.plot import SUFFIXES, plot_comparison
+
+    _check_target("--json", options.json)
+    _check_target("--plot", options.plot, SUFFIXES)
+    checkpoints = [load_checkpoint(directory) for directory in options.checkpoints]
+    datasets = [_rows(options, checkpoint.manifest) for checkpoint in checkpoints]
+    comparison = compare_checkpoints(checkpoints, datasets, options.policy, draws=options.draws)
+    print_comparison(comparison, _console())
+    if options.json:
+        write_comparison(comparison, options.json)
+    if options.plot:
+        title = f"{checkpoints[0].manifest.data.name}, {comparison.split}"
+        plot_comparison(comparison, options.plot, title=title)
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -142,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.set_defaults(run=_fit)
 
     evaluate = commands.add_parser("evaluate", help="accuracy by layer, policy and speed-up")
+    evaluate.add_argument("checkpoint", type=Path, metavar="DIR")
     _add_rows(evaluate)
     policies = sorted(POLICIES)
     evaluate.add_argument("--policy", nargs="+", action="extend", choices=policies, metavar="P",
@@ -150,7 +169,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--plot", type=Path, metavar="FILE", help=".png, .svg or .pdf")
     evaluate.set_defaults(run=_evaluate)
 
+    _add_compare(commands)
+
     calibrate = commands.add_parser("calibrate", help="measure thresholds on held-out rows")
+    calibrate.add_argument("checkpoint", type=Path, metavar="DIR")
     _add_rows(calibrate)
     calibrate.add_argument("--backend", choices=["torch"], default="torch")
     calibrate.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
@@ -162,8 +184,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser("compare", help="several checkpoints on the same rows")
+    compare.add_argument("checkpoints", type=Path, nargs="+", metavar="DIR",
+                         help="differences are to the first")  # fmt: skip
+    _add_rows(compare)
+    compare.add_argument("--policy", choices=["best", *sorted(POLICIES)], default="best",
+                         help="default: each checkpoint's best at speed-up 2")  # fmt: skip
+    compare.add_argument("--draws", type=_count, default=2000, help="bootstrap samples of the rows")
+    compare.add_argument("--json", type=Path, metavar="FILE")
+    compare.add_argument("--plot", type=Path, metavar="FILE", help=".png, .svg or .pdf")
+    compare.set_defaults(run=_compare)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a whole number from 1 on")
+    return int(text)
+
+
 def _add_rows(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="DIR")
     parser.add_argument("--data", required=True, metavar="PATH")
     parser.add_argument("--split", choices=SPLITS, default="validation")
 

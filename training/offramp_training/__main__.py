@@ -20,9 +20,9 @@ from rich.console import Console
 
 from offramp_model.checkpoint import DTYPES, CheckpointError, Manifest, load_checkpoint
 from offramp_model.policies import POLICIES
-from offramp_training.config import make_recipe, read_recipe
+from offramp_training.config import make_recipe, read_recipe, read_table
 from offramp_training.data import Columns, Dataset, load_split
-from offramp_training.errors import DataError, OutputError, TrainingError
+from offramp_training.errors import DataError, OutputError, RecipeError, SweepError, TrainingError
 from offramp_training.objectives import OBJECTIVES
 
 SPLITS = ("train", "validation", "test", "held_out")
@@ -36,8 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"offramp-train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = "; the same command without --overwrite goes on from there"
-        print(f"offramp-train: interrupted{goes_on * (options.run is _fit)}", file=sys.stderr)
+        goes_on = {
+            _fit: "; the same command without --overwrite goes on from there",
+            _sweep: "; the same command goes on from there",
+        }
+        print(f"offramp-train: interrupted{goes_on.get(options.run, '')}", file=sys.stderr)
         return 130
     return 0
 
@@ -57,6 +60,34 @@ def _fit(options: argparse.Namespace) -> None:
         calibrate=options.calibrate,
     )
     print(f"checkpoint: {output}")
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from offramp_training.grid import parse_grid
+    from offramp_training.results import METRICS, print_sweep
+    from offramp_training.sweep import sweep
+
+    overrides = list(options.set)
+    if options.objective:
+        overrides.append(f'objective.name="{options.objective}"')
+    if options.metric not in METRICS:
+        raise RecipeError(f"--metric {options.metric}; allowed: {', '.join(METRICS)}")
+    ranked = sweep(
+        read_table(options.recipe, overrides),
+        parse_grid(options.grid, options.seeds),
+        options.output,
+        data=options.data,
+        metric=options.metric,
+        keep=options.keep,
+        say=lambda line: print(f"offramp-train: {line}", file=sys.stderr),
+    )
+    print_sweep(ranked, options.metric, _console())
+    points = [result for one in ranked for result in one.results]
+    failed = sum(result.state == "failed" for result in points)
+    if failed:
+        raise SweepError(
+            f"{failed} of {len(points)} points failed; the same command tries them again"
+        )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -159,6 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--no-calibrate", dest="calibrate", action="store_false")
     fit.set_defaults(run=_fit)
 
+    _add_sweep(commands)
+
     evaluate = commands.add_parser("evaluate", help="accuracy by layer, policy and speed-up")
     evaluate.add_argument("checkpoint", type=Path, metavar="DIR")
     _add_rows(evaluate)
@@ -182,6 +215,22 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("checkpoint", type=Path, metavar="DIR")
     inspect.set_defaults(run=_inspect)
     return parser
+
+
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser("sweep", help="fit every point of a grid; goes on where it stopped")
+    sweep.add_argument("recipe", type=Path, metavar="RECIPE.toml")
+    sweep.add_argument("--data", help="directory, .jsonl/.csv/.parquet file or hub name")
+    sweep.add_argument("--objective", choices=sorted(OBJECTIVES))
+    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                       help="for every point")  # fmt: skip
+    sweep.add_argument("--grid", action="append", default=[], metavar="KEY=[V1,V2]")
+    sweep.add_argument("--seeds", metavar="0,1,2", help="each configuration with each seed")
+    sweep.add_argument("--output", type=Path, required=True, metavar="DIR")
+    sweep.add_argument("--metric", default="accuracy_at_2", help="what the table is sorted by")
+    sweep.add_argument("--keep", choices=["all", "best"], default="all",
+                       help="best: delete the weights of other configurations")  # fmt: skip
+    sweep.set_defaults(run=_sweep)
 
 
 def _add_compare(commands: Any) -> None:

@@ -333,13 +333,13 @@ def _accuracy_table(comparison: Comparison) -> Table:
         marked = one.policy + "*" * (one.chosen_on == "compared rows")
         for name, policy, points in (
             (one.name, marked, one.curve),
-            ("", "every row at one layer", one.truncated),
+            ("", "one layer for all", one.truncated),
         ):
             steps = _steps(step_curve(points))
             cells = [_number(value) for value in (*steps["accuracy"].values(), steps["auc"])]
             table.add_row(name, policy, *cells)
         speedup, accuracy = one.oracle
-        table.add_row("", "oracle", f"{accuracy:.4f} at {speedup:.2f}x", end_section=True)
+        table.add_row("", f"oracle at {speedup:.2f}x", f"{accuracy:.4f}", end_section=True)
     if any(one.chosen_on == "compared rows" for one in comparison.checkpoints):
         table.caption = "* chosen on these very rows"
     return table

@@ -152,35 +152,34 @@ def _deviation(values: Sequence[float]) -> float | None:
 def print_sweep(ranked: Sequence[Configuration], metric: str, console: Console) -> None:
     """One line for each configuration, the best first."""
     table = Table(title=f"by {metric}, best policy of each point", title_justify="left")
-    keys = list(ranked[0].settings)
-    for key in keys or ["configuration"]:
-        table.add_column(key, overflow="fold")
+    table.add_column("configuration", overflow="fold")
     table.add_column("policy")
     for name in METRICS:
         table.add_column(name.replace("accuracy_at_", "at ") + "x" * name[-1].isdecimal(),
                          justify="right")  # fmt: skip
     table.add_column("seconds", justify="right")
-    table.add_column("runs")
+    table.add_column("done")
     for one in ranked:
-        values = [value_text(one.settings[key]) for key in keys] or ["the recipe"]
-        table.add_row(*values, *_cells(one))
+        lines = [f"{key} = {value_text(value)}" for key, value in one.settings.items()]
+        table.add_row("\n".join(lines) or "the recipe", *_cells(one))
     console.print(table)
     for one in ranked:
         for result in one.results:
             if result.state == "failed":
                 console.print(f"failed: {result.name}: {result.error}")
+            elif not result.weights:
+                console.print(f"weights deleted: {result.name}")
 
 
 def _cells(one: Configuration) -> Iterator[str]:
-    yield ", ".join(dict.fromkeys(result.policy or "-" for result in one.done)) or "-"
+    yield "\n".join(dict.fromkeys(result.policy or "-" for result in one.done)) or "-"
     for metric in METRICS:
         deviation = _deviation(one.values(metric))
-        spread = "" if deviation is None else f" ±{deviation:.4f}"
+        spread = "" if deviation is None else f"\n±{deviation:.4f}"
         yield _number(one.mean(metric)) + spread
     whole = all(result.all_seconds for result in one.results)
     yield ("" if whole else ">") + f"{sum(result.seconds for result in one.results):.0f}"
-    kept = all(result.weights for result in one.done)
-    yield f"{len(one.done)} of {len(one.results)}" + ("" if kept else ", no weights")
+    yield f"{len(one.done)}/{len(one.results)}"
 
 
 def _number(value: float | None) -> str:

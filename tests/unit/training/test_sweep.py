@@ -133,7 +133,7 @@ def test_the_command_trains_measures_ranks_and_skips(
     shown = capsys.readouterr()
     assert "point 4 of 4: optimiser.head_lr=0.05,loop.seed=1" in shown.err
     assert "by full_depth" in shown.out
-    assert "2 of 2" in shown.out
+    assert "2/2" in shown.out
     content = json.loads((output / "sweep.json").read_text())
     means = [one["metrics"]["full_depth"]["mean"] for one in content["configurations"]]
     assert means == sorted(means, reverse=True)

@@ -74,7 +74,8 @@ class Manifest(BaseModel):
     format_version: Literal[1] = 1
     model: MultiExitConfig
     problem_type: Literal["single_label_classification"] = "single_label_classification"
-    exit_policy: str
+    exit_policy: str  # what requests get unless they ask for another
+    best_policy: str | None = None  # the most accurate at speed-up 2 when it was calibrated
     # The raw threshold that the exits were trained for, where the objective has one.
     exit_threshold: float | None = None
     objective: ObjectiveRecord
@@ -274,13 +275,13 @@ def _read_manifest(path: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: {where}: {first['msg']}") from error
-    if manifest.exit_policy not in POLICIES:
-        raise CheckpointError(
-            f"{path}: unknown exit_policy {manifest.exit_policy!r}; known: {', '.join(POLICIES)}"
-        )
+    for key, name in (("exit_policy", manifest.exit_policy), ("best_policy", manifest.best_policy)):
+        if name not in POLICIES and not (key == "best_policy" and name is None):
+            raise CheckpointError(f"{path}: unknown {key} {name!r}; known: {', '.join(POLICIES)}")
     supported = supported_policies(manifest.model)
-    for policy in (manifest.exit_policy, *(table.policy for table in manifest.calibration)):
-        if policy not in supported:
+    named = (manifest.exit_policy, manifest.best_policy, *(t.policy for t in manifest.calibration))
+    for policy in named:
+        if policy is not None and policy not in supported:
             raise CheckpointError(
                 f"{path}: {policy!r} needs gates, and the model has none; it supports: "
                 f"{', '.join(supported)}"

@@ -1,4 +1,4 @@
-"""`offramp-train`: the command line over fit, evaluate, calibrate and inspect.
+"""`offramp-train`: the command line over fit, sweep, evaluate, compare, calibrate and inspect.
 
 Parses, calls, prints. What a user got wrong ends as one line on stderr and exit status 2.
 """
@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # Idle OpenMP threads sleep instead of spinning: on a machine that does anything else beside,
 # spinning makes a step several times slower. Read when torch is loaded, so it comes first.
@@ -19,9 +20,9 @@ from rich.console import Console
 
 from offramp_model.checkpoint import DTYPES, CheckpointError, Manifest, load_checkpoint
 from offramp_model.policies import POLICIES, supported_policies
-from offramp_training.config import make_recipe, read_recipe
+from offramp_training.config import make_recipe, read_recipe, read_table
 from offramp_training.data import Columns, Dataset, load_split
-from offramp_training.errors import DataError, OutputError, TrainingError
+from offramp_training.errors import DataError, OutputError, RecipeError, SweepError, TrainingError
 from offramp_training.objectives import OBJECTIVES
 
 SPLITS = ("train", "validation", "test", "held_out")
@@ -35,8 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"offramp-train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = "; the same command without --overwrite goes on from there"
-        print(f"offramp-train: interrupted{goes_on * (options.run is _fit)}", file=sys.stderr)
+        goes_on = {
+            _fit: "; the same command without --overwrite goes on from there",
+            _sweep: "; the same command goes on from there",
+        }
+        print(f"offramp-train: interrupted{goes_on.get(options.run, '')}", file=sys.stderr)
         return 130
     return 0
 
@@ -58,6 +62,34 @@ def _fit(options: argparse.Namespace) -> None:
     print(f"checkpoint: {output}")
 
 
+def _sweep(options: argparse.Namespace) -> None:
+    from offramp_training.grid import parse_grid
+    from offramp_training.results import METRICS, print_sweep
+    from offramp_training.sweep import sweep
+
+    overrides = list(options.set)
+    if options.objective:
+        overrides.append(f'objective.name="{options.objective}"')
+    if options.metric not in METRICS:
+        raise RecipeError(f"--metric {options.metric}; allowed: {', '.join(METRICS)}")
+    ranked = sweep(
+        read_table(options.recipe, overrides),
+        parse_grid(options.grid, options.seeds),
+        options.output,
+        data=options.data,
+        metric=options.metric,
+        keep=options.keep,
+        say=lambda line: print(f"offramp-train: {line}", file=sys.stderr),
+    )
+    print_sweep(ranked, options.metric, _console())
+    points = [result for one in ranked for result in one.results]
+    failed = sum(result.state == "failed" for result in points)
+    if failed:
+        raise SweepError(
+            f"{failed} of {len(points)} points failed; the same command tries them again"
+        )
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from offramp_training.evaluate import evaluate_checkpoint, print_report, write_json
     from offramp_training.plot import SUFFIXES, plot_report
@@ -72,6 +104,23 @@ def _evaluate(options: argparse.Namespace) -> None:
         write_json(report, options.json)
     if options.plot:
         plot_report(report, options.plot, title=f"{checkpoint.manifest.data.name}, {dataset.split}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from offramp_training.compare import compare_checkpoints, print_comparison, write_comparison
+    from offramp_training.plot import SUFFIXES, plot_comparison
+
+    _check_target("--json", options.json)
+    _check_target("--plot", options.plot, SUFFIXES)
+    checkpoints = [load_checkpoint(directory) for directory in options.checkpoints]
+    datasets = [_rows(options, checkpoint.manifest) for checkpoint in checkpoints]
+    comparison = compare_checkpoints(checkpoints, datasets, options.policy, draws=options.draws)
+    print_comparison(comparison, _console())
+    if options.json:
+        write_comparison(comparison, options.json)
+    if options.plot:
+        title = f"{checkpoints[0].manifest.data.name}, {comparison.split}"
+        plot_comparison(comparison, options.plot, title=title)
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -141,7 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--no-calibrate", dest="calibrate", action="store_false")
     fit.set_defaults(run=_fit)
 
+    _add_sweep(commands)
+
     evaluate = commands.add_parser("evaluate", help="accuracy by layer, policy and speed-up")
+    evaluate.add_argument("checkpoint", type=Path, metavar="DIR")
     _add_rows(evaluate)
     policies = sorted(POLICIES)
     evaluate.add_argument("--policy", nargs="+", action="extend", choices=policies, metavar="P",
@@ -150,7 +202,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--plot", type=Path, metavar="FILE", help=".png, .svg or .pdf")
     evaluate.set_defaults(run=_evaluate)
 
+    _add_compare(commands)
+
     calibrate = commands.add_parser("calibrate", help="measure thresholds on held-out rows")
+    calibrate.add_argument("checkpoint", type=Path, metavar="DIR")
     _add_rows(calibrate)
     calibrate.add_argument("--backend", choices=["torch"], default="torch")
     calibrate.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
@@ -162,8 +217,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser("sweep", help="fit every point of a grid; goes on where it stopped")
+    sweep.add_argument("recipe", type=Path, metavar="RECIPE.toml")
+    sweep.add_argument("--data", help="directory, .jsonl/.csv/.parquet file or hub name")
+    sweep.add_argument("--objective", choices=sorted(OBJECTIVES))
+    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                       help="for every point")  # fmt: skip
+    sweep.add_argument("--grid", action="append", default=[], metavar="KEY=[V1,V2]")
+    sweep.add_argument("--seeds", metavar="0,1,2", help="each configuration with each seed")
+    sweep.add_argument("--output", type=Path, required=True, metavar="DIR")
+    sweep.add_argument("--metric", default="accuracy_at_2", help="what the table is sorted by")
+    sweep.add_argument("--keep", choices=["all", "best"], default="all",
+                       help="best: delete the weights of other configurations")  # fmt: skip
+    sweep.set_defaults(run=_sweep)
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser("compare", help="several checkpoints on the same rows")
+    compare.add_argument("checkpoints", type=Path, nargs="+", metavar="DIR",
+                         help="differences are to the first")  # fmt: skip
+    _add_rows(compare)
+    compare.add_argument("--policy", choices=["best", *sorted(POLICIES)], default="best",
+                         help="default: each checkpoint's best at speed-up 2")  # fmt: skip
+    compare.add_argument("--draws", type=_count, default=2000, help="bootstrap samples of the rows")
+    compare.add_argument("--json", type=Path, metavar="FILE")
+    compare.add_argument("--plot", type=Path, metavar="FILE", help=".png, .svg or .pdf")
+    compare.set_defaults(run=_compare)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a whole number from 1 on")
+    return int(text)
+
+
 def _add_rows(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="DIR")
     parser.add_argument("--data", required=True, metavar="PATH")
     parser.add_argument("--split", choices=SPLITS, default="validation")
 

@@ -47,6 +47,7 @@ def _figures(manifest: Manifest) -> str:
             for point in one.get("calibrated", ())
         ),
         *_natural(one),
+        *_best(manifest),
         "",
         "| every row leaves at layer | accuracy |",
         "|---|---|",
@@ -77,6 +78,13 @@ def _thresholds(manifest: Manifest) -> str:
                 f"rows of `{table.split}`"
             )
     return f"{policy}, not calibrated"
+
+
+def _best(manifest: Manifest) -> list[str]:
+    if manifest.best_policy is None:
+        return []
+    best = f"Most accurate policy at speed-up 2 on the calibration rows: `{manifest.best_policy}`."
+    return ["", best]
 
 
 def _use() -> str:

@@ -111,6 +111,11 @@ class Recipe(Section):
 
 def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe in a TOML file with `section.key=value` overrides applied on top."""
+    return make_recipe(read_table(path, overrides))
+
+
+def read_table(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The values of a recipe file with overrides on top, not checked yet."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -121,7 +126,7 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: not TOML: {error}") from None
     for override in overrides:
         apply_override(table, override)
-    return make_recipe(table)
+    return table
 
 
 def make_recipe(table: dict[str, Any]) -> Recipe:
@@ -148,17 +153,25 @@ def _make_objective(table: dict[str, Any]) -> Objective:
 def apply_override(table: dict[str, Any], override: str) -> None:
     """Set `a.b=value` in a nested table; the value is TOML, or a bare string where it is not."""
     key, equals, text = override.partition("=")
-    parts = [part.strip() for part in key.split(".")]
-    if not equals or not all(parts):
+    if not equals or not all(part.strip() for part in key.split(".")):
         raise RecipeError(f"--set {override}: allowed: section.key=value, e.g. loop.epochs=3")
-    for part in parts[:-1]:
+    try:
+        set_value(table, key, toml_value(text.strip()))
+    except RecipeError as error:
+        raise RecipeError(f"--set {override}: {error}") from None
+
+
+def set_value(table: dict[str, Any], key: str, value: Any) -> None:
+    """Set the nested `a.b` of a table; sections that are not there yet are made."""
+    *sections, last = (part.strip() for part in key.split("."))
+    for part in sections:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise RecipeError(f"--set {override}: {part} is a value, not a section")
-    table[parts[-1]] = _toml_value(text.strip())
+            raise RecipeError(f"{part} is a value, not a section")
+    table[last] = value
 
 
-def _toml_value(text: str) -> Any:
+def toml_value(text: str) -> Any:
     """A value as TOML reads it. A bare word is a string, so that a shell's quotes are enough."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -201,4 +214,7 @@ __all__ = [
     "apply_override",
     "make_recipe",
     "read_recipe",
+    "read_table",
+    "set_value",
+    "toml_value",
 ]

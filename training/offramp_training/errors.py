@@ -4,7 +4,8 @@ TrainingError (ValueError)
 ├── RecipeError      a key or value of the recipe
 ├── DataError        a file, a line, a column, a label
 ├── BackboneError    the encoder to start from
-└── OutputError      the directory to write to
+├── OutputError      the directory to write to
+└── SweepError       points of a sweep that failed
 """
 
 from __future__ import annotations
@@ -28,3 +29,7 @@ class BackboneError(TrainingError):
 
 class OutputError(TrainingError):
     """An output directory that must not, or cannot, be written."""
+
+
+class SweepError(TrainingError):
+    """A sweep that ended with failed points."""

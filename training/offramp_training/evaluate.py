@@ -29,19 +29,28 @@ from offramp_model.calibration import (
 )
 from offramp_model.checkpoint import DTYPES, Checkpoint, CheckpointError, update_manifest
 from offramp_model.config import MultiExitConfig
-from offramp_model.policies import make_policy, make_supported_policy, supported_policies
+from offramp_model.policies import (
+    POLICIES,
+    make_policy,
+    make_supported_policy,
+    supported_policies,
+)
 from offramp_model.recorded import RecordedExits, record_exits, replay
 from offramp_training.data import Dataset
 from offramp_training.errors import DataError, OutputError
 from offramp_training.progress import rows_bar
 
+HEADLINE_SPEEDUP = 2.0
+"""Where policies and checkpoints are compared when one number must do; one of those reported."""
+
+YARDSTICKS = ("full_depth", "fixed_layer")
+"""What policies are measured against."""
+
 
 def default_policies(model: MultiExitConfig) -> tuple[str, ...]:
     """The curves worth comparing, of those that the model supports: not full depth (one point) nor
     a fixed layer (the `layers` table)."""
-    return tuple(
-        name for name in supported_policies(model) if name not in ("full_depth", "fixed_layer")
-    )
+    return tuple(name for name in supported_policies(model) if name not in YARDSTICKS)
 
 
 @dataclass(frozen=True)
@@ -204,6 +213,25 @@ def _measure_policy(
         calibrated=calibrated,
         natural=None if natural is None else replayed(natural),
     )
+
+
+def best_policy(curves: Mapping[str, Sequence[CurvePoint]], natural: str) -> str | None:
+    """The policy with the highest accuracy at speed-up 2, of curves over the same rows.
+
+    None where no curve gets that far. Full depth and a fixed layer are what policies are measured
+    against and do not compete. Of equals the objective's natural policy is the best, else the one
+    that `POLICIES` lists first.
+    """
+    reaching = {
+        name: point_for(tuple(curves[name]), HEADLINE_SPEEDUP).accuracy
+        for name in POLICIES
+        if name not in YARDSTICKS
+        and name in curves
+        and HEADLINE_SPEEDUP in reachable_speedups(curves[name])
+    }
+    if not reaching:
+        return None
+    return max(reaching, key=lambda name: (reaching[name], name == natural))
 
 
 def store_report(checkpoint: Checkpoint, report: Report, split: str) -> None:

@@ -95,7 +95,7 @@ def fit(
             held_out=EncodedRows.of(rows.held_out, text_tokenizer, model.pad_id),
             points=points,
             reporter=reporter,
-            identity=_identity(recipe, rows),
+            identity=run_identity(recipe, rows),
             accelerator=accelerator,
         )
         train(run)
@@ -106,6 +106,18 @@ def fit(
         store_report(checkpoint, report, rows.report.split)
     _publish(made, output, work)
     return output
+
+
+def check_recipe(recipe: Recipe, rows: FitData) -> None:
+    """What only the backbone can tell about a recipe; writes nothing.
+
+    Raises:
+        TrainingError: `fit` would refuse it before the first step.
+    """
+    backbone = resolve_backbone(recipe.model.backbone)
+    model = build_model(backbone, recipe.model, rows.train.label_names, recipe.loop.seed)
+    load_tokenizer(backbone, model)
+    _stages(recipe, model)
 
 
 def choose_rows(recipe: Recipe, data: str | None) -> FitData:
@@ -132,13 +144,22 @@ def choose_rows(recipe: Recipe, data: str | None) -> FitData:
     return FitData(Path(source).name, train_rows, held_out, validation or held_out)
 
 
+def is_finished(output: Path) -> bool:
+    """Is there a checkpoint, and no run that would go on and replace it?"""
+    return (output / MANIFEST).exists() and not ResumePoints(_work(output) / "resume")
+
+
+def _work(output: Path) -> Path:
+    return output.with_name(output.name + ".fit")
+
+
 def _check_output(output: Path, overwrite: bool) -> Path:
     """The directory to work in, beside the output. Nothing is written or deleted here."""
     if output.name in ("", ".."):
         raise OutputError(f"--output {output}: allowed: a path that ends in a name")
-    work = output.with_name(output.name + ".fit")
-    finished, unfinished = (output / MANIFEST).exists(), ResumePoints(work / "resume")
-    if finished and not unfinished and not overwrite:
+    work = _work(output)
+    finished = (output / MANIFEST).exists()
+    if is_finished(output) and not overwrite:
         raise OutputError(f"{output} holds a finished checkpoint; allowed with --overwrite")
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; a directory is needed")
@@ -170,7 +191,8 @@ def _stages(recipe: Recipe, model: MultiExitModel) -> list[Any]:
         raise RecipeError(str(error)) from None
 
 
-def _identity(recipe: Recipe, rows: FitData) -> dict[str, Any]:
+def run_identity(recipe: Recipe, rows: FitData) -> dict[str, Any]:
+    """What must be the same for a run to go on, ready for JSON."""
     table = recipe.as_dict()
     for key in NOT_IDENTITY:
         del table["loop"][key]

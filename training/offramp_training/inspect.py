@@ -37,6 +37,7 @@ def _print_facts(checkpoint: Checkpoint, console: Console) -> None:
         ("labels", f"{model.num_labels}: {labels}"),
         ("objective", manifest.objective.name),
         ("exit policy", manifest.exit_policy),
+        ("best at 2x", manifest.best_policy or "unknown: not calibrated, or none gets that far"),
         ("data", f"{data.name}: {data.train_rows} training rows, {data.held_out_rows} held out"),
         ("seed", str(manifest.seed)),
         ("versions", ", ".join(f"{name} {v}" for name, v in manifest.versions.items())),

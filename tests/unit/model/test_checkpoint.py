@@ -148,6 +148,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, write_tiny: Any, name: str) -> 
     [
         ({"format_version": 2}, "format_version 2, this build reads 1"),
         ({"exit_policy": "hope"}, "unknown exit_policy 'hope'; known: full_depth"),
+        ({"best_policy": "luck"}, "unknown best_policy 'luck'; known: full_depth"),
         ({"colour": "blue"}, "colour: Extra inputs are not permitted"),
         ({"seed": "many"}, "seed: Input should be a valid integer"),
         ({"sha256": {}}, r"no sha256 of model\.safetensors"),

@@ -64,6 +64,7 @@ def test_fit_evaluate_calibrate_inspect(
     assert main(["inspect", str(output)]) == 0
     shown = capsys.readouterr().out
     assert "100 training rows, 30 held out" in shown
+    assert "best at 2x" in shown
     assert "held_out" in shown
 
 

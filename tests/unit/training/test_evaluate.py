@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from offramp_model.calibration import CurvePoint
 from offramp_model.checkpoint import CheckpointError, load_checkpoint
 from offramp_model.policies import supported_policies
 from offramp_training.calibrate import calibrate_checkpoint
@@ -14,6 +15,7 @@ from offramp_training.data import load_split
 from offramp_training.errors import DataError
 from offramp_training.evaluate import (
     Report,
+    best_policy,
     default_policies,
     evaluate_checkpoint,
     store_report,
@@ -95,6 +97,53 @@ def test_calibration_replaces_its_own_tables_only(
     assert opened.table("entropy", dtype="bfloat16").rows == 40
     assert opened.table("energy").split == "validation"
     assert len(opened.manifest.calibration) == len(supported_policies(opened.model)) + 1
+
+
+def points(*pairs: tuple[float, float]) -> tuple[CurvePoint, ...]:
+    return tuple(
+        CurvePoint(
+            threshold=0.5,
+            speedup=speedup,
+            mean_exit_layer=1.0,
+            accuracy=accuracy,
+            macro_f1=0.0,
+            exit_counts=(),
+        )
+        for speedup, accuracy in pairs
+    )
+
+
+def test_the_best_policy_is_the_most_accurate_at_speedup_two() -> None:
+    curves = {
+        "fixed_layer": points((1, 1.0), (2, 1.0)),  # the yardstick does not compete
+        "confidence": points((1, 0.9), (1.9, 0.99), (2.1, 0.7)),
+        "entropy": points((1, 0.9), (2.0, 0.8), (3.0, 0.2)),
+        "energy": points((1, 0.9), (2.0, 0.8)),
+        "vote": points((1, 0.9), (1.8, 0.9)),  # does not get that far
+    }
+    assert best_policy(curves, "vote") == "entropy"  # of equals the first
+    assert best_policy(curves, "energy") == "energy"  # or the objective's own
+    assert best_policy(curves, "confidence") == "entropy"
+    assert best_policy({"vote": curves["vote"]}, "vote") is None
+
+
+def test_calibration_names_the_best_policy_on_its_own_rows(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    manifest = load_checkpoint(checkpoint).manifest
+    tables = {table.policy: table.points for table in manifest.calibration}
+    assert manifest.best_policy == best_policy(tables, manifest.exit_policy)
+    assert manifest.best_policy in default_policies(manifest.model)
+    assert f"calibration rows: `{manifest.best_policy}`" in (checkpoint / "README.md").read_text()
+
+    opened = load_checkpoint(shutil.copytree(checkpoint, tmp_path / "copy"))
+    other = next(name for name in default_policies(manifest.model) if name != manifest.best_policy)
+    test_rows = load_split(str(data), "test")
+    opened = calibrate_checkpoint(opened, test_rows, policies=[other], dtype="bfloat16")
+    assert opened.manifest.best_policy == manifest.best_policy  # another dtype has no say
+    opened = calibrate_checkpoint(opened, test_rows, policies=[other])
+    assert opened.manifest.best_policy == other  # the other tables are of other rows
+    assert opened.manifest.exit_policy == manifest.exit_policy
 
 
 def test_training_rows_are_refused_under_any_name(

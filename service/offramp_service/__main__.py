@@ -18,9 +18,10 @@ from types import FrameType
 # Texts are tokenised one small request at a time; the library's own threads would compete with
 # the engine's for the cores. Read when the library is first used.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# The engine's idle OpenMP threads sleep instead of spinning: the event loop needs the cores too.
-# Read when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The engine's idle OpenMP threads spin for microseconds and then sleep: the event loop needs the
+# cores too, and sleeping at once costs the engine (docs/results/engine.md). Read when torch is
+# loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import uvicorn
 from prometheus_client import disable_created_metrics

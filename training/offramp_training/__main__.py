@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Idle OpenMP threads sleep instead of spinning: on a machine that does anything else beside,
-# spinning makes a step several times slower. Read when torch is loaded, so it comes first.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Idle OpenMP threads spin for microseconds and then sleep. Spinning on, libgomp's default, makes a
+# step several times slower as soon as anything else runs beside; sleeping at once costs a fifth
+# on a quiet machine (docs/results/engine.md). Read when torch is loaded, so it comes first.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from rich.console import Console
 

@@ -44,6 +44,9 @@ class ModelSection(Section):
     pooler: Literal["shared", "per_exit", "none"] = "none"
     max_length: Annotated[int, Field(ge=4, le=8192)] = 128
     head_dropout: Share = 0.1
+    # Keep the embeddings as they came. Half of a small encoder's parameters are there, and a third
+    # of its training time on CPU goes into their gradients.
+    freeze_embeddings: bool = False
 
 
 class DataSection(Section):

@@ -157,6 +157,8 @@ def build_model(
         raise BackboneError(f"{directory}: cannot be served: {error}") from None
     backbone.config.id2label = dict(enumerate(labels))
     backbone.config.label2id = {label: number for number, label in enumerate(labels)}
+    if section.freeze_embeddings:
+        backbone.embeddings.requires_grad_(False)
     torch.manual_seed(seed)
     return MultiExitModel(backbone, config)
 

@@ -7,6 +7,9 @@ QUICKSTART ?= checkpoints/quickstart
 # Not shipped (no licence to redistribute): a directory with SST-2 as JSON lines.
 SST2_DATA ?= data/sst2
 SST2 ?= checkpoints/sst2-joint
+# The directories of sst2, trec6, mrpc and clinc150, and how many runs at a time.
+OBJECTIVES_DATA ?= data
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -14,7 +17,7 @@ PACKAGES := model kernels training service
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow test-gpu check lint types imports spelling format \
-        quickstart bench-engine bench-kernels bench-service results-quickstart results-sst2 clean
+        quickstart bench-engine bench-kernels bench-service results-quickstart results-sst2 results-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -68,6 +71,10 @@ results-sst2: $(INSTALLED) ## train joint on SST-2 and write docs/results/sst2-j
 	  $(BIN)/offramp-train fit training/recipes/sst2-joint.toml --data $(SST2_DATA) --output $(SST2)
 	$(BIN)/offramp-train evaluate $(SST2) --data $(SST2_DATA) --split validation \
 	  --json docs/results/sst2-joint.json --plot docs/results/sst2-joint.png
+
+results-objectives: $(INSTALLED) ## the comparison of the training objectives; does what is not done yet (hours)
+	$(BIN)/python training/bench/compare_objectives.py --data $(OBJECTIVES_DATA) --workers $(WORKERS)
+	$(BIN)/python training/bench/objectives_report.py
 
 bench-engine: $(INSTALLED) ## rows per second: engine at several speed-ups against transformers
 	$(BIN)/python model/bench/bench_engine.py $(SST2) --data $(SST2_DATA) --json docs/results/engine.json

@@ -51,6 +51,7 @@ class Run:
     configuration: str
     seed: int
     settings: Settings  # dotted keys of a recipe
+    data: str  # directory of the rows
     report: str  # the split whose figures are reported
 
     @property
@@ -69,16 +70,23 @@ class Protocol:
 
     def __init__(self, path: Path) -> None:
         self.table = tomllib.loads(path.read_text(encoding="utf-8"))
-        self.seeds: list[int] = self.table["seeds"]
 
     def contests(self) -> Iterator[tuple[str, str]]:
         """Data set and objective: what has one winner."""
-        for data_set in self.table["sets"]:
-            for objective in self.table["objectives"]:
+        for data_set, of_set in self.table["sets"].items():
+            for objective in of_set.get("only", self.table["objectives"]):
                 yield data_set, objective
+
+    def seeds(self, data_set: str) -> list[int]:
+        """The first is the one that configurations compete with."""
+        found: list[int] = self.table["sets"][data_set].get("seeds", self.table["seeds"])
+        return found
 
     def configurations(self, data_set: str, objective: str) -> list[str]:
         """Names, in the order in which they are run."""
+        only = self.table["sets"][data_set].get("only")
+        if only is not None:
+            return [only[objective]]
         return [
             one["name"]
             for one in self.table["objectives"][objective]["configurations"]
@@ -97,7 +105,8 @@ class Protocol:
             **chosen.get("settings", {}),
             "loop.seed": seed,
         }
-        return Run(data_set, objective, configuration, seed, settings, of_set["report"])
+        data = of_set.get("data", data_set)
+        return Run(data_set, objective, configuration, seed, settings, data, of_set["report"])
 
 
 class Results:
@@ -127,7 +136,7 @@ class Results:
         """The configuration with the largest area on calibration rows; None until all are done."""
         areas = {}
         for name in protocol.configurations(data_set, objective):
-            done = self.read(protocol.run(data_set, objective, name, protocol.seeds[0]))
+            done = self.read(protocol.run(data_set, objective, name, protocol.seeds(data_set)[0]))
             if done is None:
                 return None
             areas[name] = chosen_area(done["selection"])
@@ -154,16 +163,15 @@ def pending(protocol: Protocol, results: Results, only: Sequence[str]) -> Iterat
     for place in range(max(map(len, lists), default=0)):
         for contest, names in zip(contests, lists, strict=True):
             if place < len(names):
-                run = protocol.run(*contest, names[place], protocol.seeds[0])
+                run = protocol.run(*contest, names[place], protocol.seeds(contest[0])[0])
                 if results.read(run) is None:
                     yield run
-    for seed in protocol.seeds[1:]:
-        for contest in contests:
-            name = results.winner(protocol, *contest)
-            if name is not None:
-                run = protocol.run(*contest, name, seed)
-                if results.read(run) is None:
-                    yield run
+    for contest in contests:
+        name = results.winner(protocol, *contest)
+        for seed in protocol.seeds(contest[0])[1:] if name is not None else ():
+            run = protocol.run(*contest, name, seed)
+            if results.read(run) is None:
+                yield run
 
 
 def run_all(arguments: argparse.Namespace) -> None:
@@ -211,7 +219,7 @@ def run_one(arguments: argparse.Namespace) -> None:
     """Trains unless that is done, measures, writes the JSON."""
     protocol, results = Protocol(HERE / "objectives.toml"), Results(arguments.results)
     run = protocol.run(*json.loads(arguments.run))
-    recipe, data = run.recipe(), arguments.data / run.data_set
+    recipe, data = run.recipe(), arguments.data / run.data
     output = arguments.work / run.name
     started = time.monotonic()
     if not is_finished(output):

@@ -33,7 +33,7 @@ class Contest:
 
     def __init__(self, protocol: Protocol, results: Results, data_set: str, objective: str) -> None:
         self.data_set, self.objective = data_set, objective
-        first, *_ = protocol.seeds
+        first, *_ = protocol.seeds(data_set)
         tuned = {
             name: results.read(protocol.run(data_set, objective, name, first))
             for name in protocol.configurations(data_set, objective)
@@ -42,11 +42,12 @@ class Contest:
         self.tuned: dict[str, Done] = {name: done for name, done in tuned.items() if done}
         areas = {name: chosen_area(done["selection"]) for name, done in self.tuned.items()}
         self.winner = max(areas, key=lambda name: areas[name]) if areas else None
+        self.seeds = len(protocol.seeds(data_set))
         self.runs: list[Done] = []
         if self.winner is not None:
             seeds = [
                 results.read(protocol.run(data_set, objective, self.winner, seed))
-                for seed in protocol.seeds
+                for seed in protocol.seeds(data_set)
             ]
             self.runs = [done for done in seeds if done is not None]
 
@@ -98,7 +99,7 @@ def full_depth(report: Done) -> float:
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def tables(contests: Sequence[Contest], seeds: int) -> Iterator[str]:
+def tables(contests: Sequence[Contest]) -> Iterator[str]:
     """Markdown, data set by data set."""
     for data_set in dict.fromkeys(one.data_set for one in contests):
         here = [one for one in contests if one.data_set == data_set and one.runs]
@@ -106,13 +107,13 @@ def tables(contests: Sequence[Contest], seeds: int) -> Iterator[str]:
             continue
         report = here[0].runs[0]["report"]
         yield f"## {data_set}: {report['rows']} rows of {report['split']}\n"
-        yield from _frontier(here, seeds)
+        yield from _frontier(here)
         yield from _policies(here)
         yield from _layers(here)
         yield from _configurations(here)
 
 
-def _frontier(here: Sequence[Contest], seeds: int) -> Iterator[str]:
+def _frontier(here: Sequence[Contest]) -> Iterator[str]:
     yield _row(
         "objective", "policy", *(f"{one}x" for one in SHOWN), "area 1x-3x", "layer 3", "seeds"
     )
@@ -120,7 +121,7 @@ def _frontier(here: Sequence[Contest], seeds: int) -> Iterator[str]:
     for one in here:
         cells = [_spread(one.values(spoken(key))) for key in (*SHOWN, "auc")]
         truncated = _spread(one.values(of_policy("fixed_layer", TRUNCATED_AT)))
-        count = f"{len(one.runs)} of {seeds}"
+        count = f"{len(one.runs)} of {one.seeds}"
         name = f"`{one.objective}` ({one.winner})"
         yield _row(name, one.policies, *cells, truncated, count)
     yield ""
@@ -238,7 +239,7 @@ def main() -> None:
     page = arguments.results.with_suffix(".md")
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    text = "\n".join(tables(contests, len(protocol.seeds)))
+    text = "\n".join(tables(contests))
     page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
     plot(contests, arguments.results / "curves.png")
 

@@ -1,6 +1,5 @@
 """The real command as a process on a loopback port: start, answer, refuse, drain."""
 
-import importlib.util
 import json
 import os
 import re
@@ -19,15 +18,12 @@ from typing import Any
 import psutil
 import pytest
 
+from loading import load
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = Path(__file__).parents[1] / "unit" / "service" / "support.py"
-    spec = importlib.util.spec_from_file_location("service_support", path)
-    assert spec is not None
-    assert spec.loader is not None
-    support = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(support)
+    support = load("tests/unit/service/support.py")
     return support.write_tiny_checkpoint(tmp_path_factory.mktemp("serve") / "tiny")
 
 

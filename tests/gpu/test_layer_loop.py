@@ -1,13 +1,12 @@
 """The layer loop on a CUDA device against the CPU: same exits, same labels."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from loading import load
 from offramp_model.encoder import PackedEncoder
 from offramp_model.layer_loop import layer_loop, start_rows
 from offramp_model.policies import POLICIES, make_policy
@@ -18,13 +17,7 @@ pytestmark = pytest.mark.gpu
 
 def tiny() -> ModuleType:
     """The tiny random encoder of the model's unit tests."""
-    path = Path(__file__).parents[1] / "unit" / "model" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("model_fixtures", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("tests/unit/model/conftest.py")
 
 
 def answers(device: str, policy_name: str, threshold: float) -> list[tuple[int, int]]:

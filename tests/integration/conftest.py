@@ -1,19 +1,14 @@
 """Fixtures of the training tests, for tests that go on to serve what was trained."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
+from loading import load
 from offramp_training.config import make_recipe
 from offramp_training.fit import fit
 
-_PATH = Path(__file__).parents[1] / "unit" / "training" / "conftest.py"
-_spec = importlib.util.spec_from_file_location("training_fixtures", _PATH)
-assert _spec is not None
-assert _spec.loader is not None
-_fixtures = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_fixtures)
+_fixtures = load("tests/unit/training/conftest.py")
 
 backbone: pytest.FixtureDef[Path] = _fixtures.backbone
 data: pytest.FixtureDef[Path] = _fixtures.data

@@ -1,7 +1,6 @@
 """A tiny random checkpoint behind the whole application, over HTTP without sockets."""
 
 import asyncio
-import importlib.util
 import json
 import logging
 import shutil
@@ -20,6 +19,7 @@ import torch
 from asgi_lifespan import LifespanManager
 from fastapi import FastAPI
 
+from loading import load
 from offramp_model.checkpoint import load_checkpoint
 from offramp_model.recorded import record_exits
 from offramp_service.__main__ import main
@@ -29,13 +29,7 @@ from offramp_service.settings import Settings
 
 @pytest.fixture(scope="module")
 def support() -> ModuleType:
-    path = Path(__file__).parents[1] / "unit" / "service" / "support.py"
-    spec = importlib.util.spec_from_file_location("service_support", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("tests/unit/service/support.py")
 
 
 @pytest.fixture(scope="module")

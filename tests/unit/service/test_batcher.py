@@ -1,17 +1,16 @@
 """The queue's promises: bounds, order, isolation, and exactly one answer for everybody."""
 
 import asyncio
-import importlib.util
 import random
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loading import load
 from offramp_service.batcher import Batcher, ClientBatch, Limits
 from offramp_service.errors import (
     EngineFailed,
@@ -24,14 +23,7 @@ from offramp_service.jobs import Answer, Engine, Job, Left, TimedAnswer
 from offramp_service.metrics import Metrics
 from offramp_service.routes.door import Patience
 
-# Test folders are not packages; the fakes are loaded by path.
-_spec = importlib.util.spec_from_file_location(
-    "service_fakes", Path(__file__).with_name("conftest.py")
-)
-assert _spec is not None
-assert _spec.loader is not None
-fakes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fakes)
+fakes = load("tests/unit/service/conftest.py")
 
 MakeBatcher = Callable[..., Batcher]
 Serve = Callable[[Batcher], Batcher]

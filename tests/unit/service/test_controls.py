@@ -1,12 +1,12 @@
 """From speed-ups, thresholds, headers and bounds to what a row carries."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from starlette.datastructures import Headers
 
+from loading import load
 from offramp_kernels.contract import MAX_ROWS
 from offramp_service.controls import Asked, ControlDesk
 from offramp_service.errors import InvalidInput
@@ -18,13 +18,7 @@ INF = float("inf")
 
 @pytest.fixture(scope="module")
 def support() -> ModuleType:
-    path = Path(__file__).with_name("support.py")
-    spec = importlib.util.spec_from_file_location("service_support", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("tests/unit/service/support.py")
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from loading import ROOT, load
 
+from loading import ROOT, load
 from offramp_training.objectives import OBJECTIVES
 
 PROTOCOL = ROOT / "training" / "bench" / "objectives.toml"

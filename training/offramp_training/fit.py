@@ -39,6 +39,7 @@ from offramp_training.data import (
 )
 from offramp_training.errors import DataError, OutputError, RecipeError
 from offramp_training.evaluate import evaluate_checkpoint, store_report
+from offramp_training.first_stage import FirstStage
 from offramp_training.loop import Run, make_accelerator, train
 from offramp_training.model import (
     MultiExitModel,
@@ -71,8 +72,13 @@ def fit(
     data: str | None = None,
     overwrite: bool = False,
     calibrate: bool = True,
+    first_stage: FirstStage | None = None,
 ) -> Path:
-    """Trains, writes the checkpoint and, unless told not to, calibrates and evaluates it."""
+    """Trains, writes the checkpoint and, unless told not to, calibrates and evaluates it.
+
+    `first_stage` is where runs with the same `first_stage_identity` leave the end of that stage for
+    each other; the result is the same without it.
+    """
     work = _check_output(output, overwrite)
     if recipe.loop.threads is not None:
         torch.set_num_threads(recipe.loop.threads)
@@ -97,6 +103,7 @@ def fit(
             reporter=reporter,
             identity=run_identity(recipe, rows),
             accelerator=accelerator,
+            first_stage=first_stage,
         )
         train(run)
     made = _write(recipe, rows, model, work)
@@ -196,6 +203,21 @@ def run_identity(recipe: Recipe, rows: FitData) -> dict[str, Any]:
     table = recipe.as_dict()
     for key in NOT_IDENTITY:
         del table["loop"][key]
+    return _identity(table, rows)
+
+
+def first_stage_identity(recipe: Recipe, rows: FitData) -> dict[str, Any]:
+    """What two runs must have in common for the same first stage to the bit, ready for JSON."""
+    table = recipe.as_dict()
+    for key in NOT_IDENTITY:
+        if key != "threads":
+            del table["loop"][key]
+    for key in recipe.objective.not_in_first_stage:
+        del table["objective"][key]
+    return _identity(table, rows)
+
+
+def _identity(table: dict[str, Any], rows: FitData) -> dict[str, Any]:
     del table["data"]["path"]  # the rows count, not where they lie
     return {
         "recipe": table,

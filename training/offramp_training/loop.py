@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from offramp_training.batches import Batch, EncodedRows, bucketed_order
 from offramp_training.config import LoopSection, Recipe
 from offramp_training.errors import OutputError, RecipeError
+from offramp_training.first_stage import FirstStage
 from offramp_training.model import MultiExitModel
 from offramp_training.objectives import Progress, Stage
 from offramp_training.optimiser import lr_factor, make_optimiser, set_lr
@@ -39,6 +40,7 @@ class Position:
     stage_steps: int = 0  # optimiser steps of this stage
     steps: int = 0  # optimiser steps of the run
     seconds: float = 0.0
+    first_stage_of: str | None = None  # the run that trained it, where that was another
 
     def after_batch(self) -> None:
         self.batch += 1
@@ -91,6 +93,7 @@ class Run:
     identity: dict[str, Any]  # what must be the same for a resumed run to be the same run
     position: Position = field(default_factory=Position)
     best: Best = field(default_factory=Best)
+    first_stage: FirstStage | None = None  # shared with other runs
     # Made by `_start_stage`.
     optimiser: Any = field(init=False, default=None)
     loss: float = field(init=False, default=0.0)  # of the newest step
@@ -103,7 +106,10 @@ class Run:
     def stages_left(self) -> Iterator[Stage]:
         while self.position.stage < len(self.stages):
             if self.out_of_time and not self.position.stage_batches:
-                return  # one that has begun is entered all the same: it ends with its best weights
+                # One that has begun is entered all the same: it ends with its best weights.
+                left = ", ".join(stage.name for stage in self.stages[self.position.stage :])
+                self.reporter.say(f"out of time: not trained: {left}")
+                return
             stage = self.stages[self.position.stage]
             self._start_stage(stage)
             yield stage
@@ -174,9 +180,7 @@ class Run:
     def restore(self) -> bool:
         """Takes up the newest resume point, if there is one. The optimiser waits for its stage."""
         state = self.points.load()
-        if state is None:
-            return False
-        if state["identity"] != self.identity:
+        if state is not None and state["identity"] != self.identity:
             changed = [
                 key for key, value in self.identity.items() if state["identity"][key] != value
             ]
@@ -184,28 +188,48 @@ class Run:
                 f"{self.points.directory} holds an unfinished run with another "
                 f"{' and another '.join(changed)}; allowed: the same again, or --overwrite"
             )
+        if state is None or state["position"]["stage"] == 0:
+            state = self._shared_first_stage() or state
+        if state is None:
+            return False
         self.model.load_state_dict(state["model"])
         self.position = Position(**state["position"])
         self.best = Best(**state["best"])
         self._restored = state
+        if self.first_stage is not None and self.position.first_stage_of is not None:
+            self.first_stage.trained_by = self.position.first_stage_of
         return True
 
+    def _shared_first_stage(self) -> dict[str, Any] | None:
+        """The end of the first stage as another run left it, with its seconds: time is up when it
+        would have been for this run alone."""
+        kept = self.first_stage.take() if self.first_stage is not None else None
+        if kept is None:
+            return None
+        run, state = kept
+        limit = self.recipe.loop.max_minutes
+        if limit is not None and state["position"]["seconds"] >= limit * 60:
+            return None  # alone, this run would not get that far
+        self.reporter.say(f"first stage: that of {run}")
+        return {**state, "position": {**state["position"], "first_stage_of": run}}
+
     def save_point(self) -> None:
+        self.points.save(self._state())
+
+    def _state(self) -> dict[str, Any]:
         self.position.seconds, self._clock = self.seconds, time.monotonic()
         stage_left = self.position.stage < len(self.stages)
         scaler = self.accelerator.scaler
-        self.points.save(
-            {
-                "identity": self.identity,
-                "position": asdict(self.position),
-                "best": vars(self.best),
-                "model": self.model.state_dict(),
-                "stage": self.stages[self.position.stage].state_dict() if stage_left else {},
-                "optimiser": self.optimiser.state_dict(),
-                "scaler": scaler.state_dict() if scaler is not None else {},
-                "rng": rng_state(),
-            }
-        )
+        return {
+            "identity": self.identity,
+            "position": asdict(self.position),
+            "best": vars(self.best),
+            "model": self.model.state_dict(),
+            "stage": self.stages[self.position.stage].state_dict() if stage_left else {},
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "rng": rng_state(),
+        }
 
     def _start_stage(self, stage: Stage) -> None:
         self.optimiser = self.accelerator.prepare_optimizer(
@@ -241,6 +265,10 @@ class Run:
             self.model.load_state_dict(self.best.weights)
         self.position.next_stage()
         self.best = Best()
+        # One that time cut short is nobody else's: how far it got is this machine's, this hour's.
+        if self.first_stage is not None and self.position.stage == 1 and not self.out_of_time:
+            # The next stage makes an optimiser of its own.
+            self.first_stage.keep({**self._state(), "optimiser": {}})
         self.save_point()
 
     def _order(self, stage: Stage, epoch: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ from offramp_training.grid import Point, Settings, value_text
 TABLE = "sweep.json"
 SPEEDUPS = (1.5, 2.0, 3.0)
 METRICS = ("full_depth", *(f"accuracy_at_{speedup:g}" for speedup in SPEEDUPS), "auc")
-
+SHARED = "*"  # seconds without a first stage that another point trained
 
 Metrics = dict[str, float | None]  # None: the checkpoint's best policy does not get that far
 
@@ -41,6 +41,8 @@ class Result(BaseModel):
     attempts: int = 0
     seconds: float = 0.0  # of training, calibration and evaluation, in attempts that came to an end
     all_seconds: bool = True  # false: an attempt was killed, and its seconds are not known
+    # "own", or the point that trained it: then `seconds` are without it.
+    first_stage: str = "own"
     error: str | None = None
     weights: bool = True  # false: deleted, since another configuration is better
     split: str | None = None
@@ -163,6 +165,12 @@ def print_sweep(ranked: Sequence[Configuration], metric: str, console: Console) 
         lines = [f"{key} = {value_text(value)}" for key, value in one.settings.items()]
         table.add_row("\n".join(lines) or "the recipe", *_cells(one))
     console.print(table)
+    results = [result for one in ranked for result in one.results]
+    if any(result.first_stage != "own" for result in results):
+        console.print(f"{SHARED} seconds without the first stage, which another point trained:")
+        for result in results:
+            if result.first_stage != "own":
+                console.print(f"{result.name}: {result.first_stage}")
     for one in ranked:
         for result in one.results:
             if result.state == "failed":
@@ -178,7 +186,9 @@ def _cells(one: Configuration) -> Iterator[str]:
         spread = "" if deviation is None else f"\n±{deviation:.4f}"
         yield _number(one.mean(metric)) + spread
     whole = all(result.all_seconds for result in one.results)
-    yield ("" if whole else ">") + f"{sum(result.seconds for result in one.results):.0f}"
+    shared = any(result.first_stage != "own" for result in one.results)
+    seconds = sum(result.seconds for result in one.results)
+    yield f"{'' if whole else '>'}{seconds:.0f}{SHARED if shared else ''}"
     yield f"{len(one.done)}/{len(one.results)}"
 
 

@@ -5,6 +5,11 @@ written anew after every point: what it calls done is not run again, and a point
 goes on through `fit`'s own resume. Every point is checked before the first one starts; one that
 fails later is recorded with its error and the others still run.
 
+Points that differ only in what their objective's first stage does not know share that stage: the
+first of them to come to its end leaves it in `.first-stages`, the others go on from there, and a
+point ends with the same bits as alone. `max_minutes` counts a shared stage's seconds too, and a
+stage that it cut short is not shared.
+
 Figures are of each checkpoint's best policy (`Manifest.best_policy`, chosen on the rows it was
 calibrated on), measured on the rows that `fit` reports on. Knows nothing about how a point is
 trained. Not for two sweeps at once into one directory.
@@ -14,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,10 +29,12 @@ from offramp_model.checkpoint import BACKBONE, EXITS, load_checkpoint
 from offramp_training.compare import step_curve
 from offramp_training.errors import TrainingError
 from offramp_training.evaluate import evaluate_checkpoint
+from offramp_training.first_stage import FirstStage
 from offramp_training.fit import (
     FitData,
     check_recipe,
     choose_rows,
+    first_stage_identity,
     fit,
     is_finished,
     run_identity,
@@ -34,6 +42,8 @@ from offramp_training.fit import (
 from offramp_training.grid import Point, make_points
 from offramp_training.results import METRICS, SPEEDUPS, Configuration, Result, ResultTable, rank
 from offramp_training.statistics import accuracy_at, area
+
+FIRST_STAGES = ".first-stages"
 
 
 def sweep(
@@ -48,23 +58,27 @@ def sweep(
 ) -> list[Configuration]:
     """Runs what is not done yet; returns the configurations, the best one first."""
     points = make_points(table, grid)
-    results = ResultTable(output)
-    for point, identity in zip(points, _check(points, data), strict=True):
+    identities = _check(points, data)
+    results, first_stages = ResultTable(output), _first_stages(output, points, identities)
+    for point, (identity, _) in zip(points, identities, strict=True):
         results.expect(point, identity)
     for number, point in enumerate(points, start=1):
         if results[point.name].state != "done":
             say(f"point {number} of {len(points)}: {point.name}")
-            _run(point, results, data)
+            where = first_stages.get(point.name)
+            _run(point, results, data, FirstStage(where, point.name) if where else None)
             say(_outcome(results[point.name], metric))
         if keep == "best":
             _delete_weights(rank(points, results, metric), results, metric)
+        _delete_first_stages(first_stages, results)
     ranked = rank(points, results, metric)
     results.save(ranked)
     return ranked
 
 
-def _check(points: Sequence[Point], data: str | None) -> list[str]:
-    """All that `fit` would refuse, found before any point runs; the identity of each point."""
+def _check(points: Sequence[Point], data: str | None) -> list[tuple[str, str]]:
+    """All that `fit` would refuse, found before any point runs; the identities of each point and
+    of its first stage."""
     read: dict[str, FitData] = {}
     identities = []
     for point in points:
@@ -76,12 +90,31 @@ def _check(points: Sequence[Point], data: str | None) -> list[str]:
             check_recipe(point.recipe, read[which])
         except TrainingError as error:
             raise type(error)(f"point {point.name}: {error}") from None
-        identity = json.dumps(run_identity(point.recipe, read[which]), sort_keys=True)
-        identities.append(hashlib.sha256(identity.encode()).hexdigest())
+        whole = run_identity(point.recipe, read[which])
+        first_stage = first_stage_identity(point.recipe, read[which])
+        identities.append((_hash(whole), _hash(first_stage)))
     return identities
 
 
-def _run(point: Point, results: ResultTable, data: str | None) -> None:
+def _first_stages(
+    output: Path, points: Sequence[Point], identities: Sequence[tuple[str, str]]
+) -> dict[str, Path]:
+    """Where the end of a point's first stage is kept, for those that share it with another."""
+    names = [first_stage for _, first_stage in identities]
+    return {
+        point.name: output / FIRST_STAGES / name[:16]
+        for point, name in zip(points, names, strict=True)
+        if names.count(name) > 1
+    }
+
+
+def _hash(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _run(
+    point: Point, results: ResultTable, data: str | None, first_stage: FirstStage | None
+) -> None:
     """One point, from the table's line that says it started to the one that says how it ended."""
     before = results[point.name]
     killed = before.state == "started"  # nobody stopped the clock
@@ -98,7 +131,14 @@ def _run(point: Point, results: ResultTable, data: str | None) -> None:
     end: dict[str, Any] = {"state": "waiting"}  # unless it comes to an end of its own
     try:
         if not is_finished(directory):
-            fit(point.recipe, directory, data=data)
+            try:
+                fit(point.recipe, directory, data=data, first_stage=first_stage)
+            finally:
+                if first_stage is not None:
+                    whose = first_stage.trained_by
+                    whose = "own" if whose == point.name else whose
+                    started = started.model_copy(update={"first_stage": whose})
+                    results.put(started)
         end = {"state": "done", **_measure(point, directory, data)}
     except Exception as error:  # whatever a point dies of, the others are still worth running
         end = {"state": "failed", "error": _reason(error)}
@@ -128,6 +168,15 @@ def _outcome(result: Result, metric: str) -> str:
         return f"failed: {result.error}"
     value = result.metrics[metric]
     return f"{metric} {'-' if value is None else f'{value:.4f}'} with {result.policy}"
+
+
+def _delete_first_stages(first_stages: dict[str, Path], results: ResultTable) -> None:
+    """Those that no unfinished point needs; with the last of them, what killed sweeps left."""
+    needed = {where for name, where in first_stages.items() if results[name].state != "done"}
+    for where in set(first_stages.values()) - needed:
+        shutil.rmtree(where, ignore_errors=True)
+    if not needed:
+        shutil.rmtree(results.directory / FIRST_STAGES, ignore_errors=True)
 
 
 def _delete_weights(ranked: list[Configuration], results: ResultTable, metric: str) -> None:

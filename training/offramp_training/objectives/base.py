@@ -98,6 +98,12 @@ class Objective(Protocol):
         """That policy's raw threshold that the exits are trained for, where there is one."""
         ...
 
+    @property
+    def not_in_first_stage(self) -> tuple[str, ...]:
+        """Options, by their names in a recipe, that do not change a bit of the first stage: runs
+        that differ in nothing else can share it."""
+        ...
+
     def stages(self, model: MultiExitModel, config: Recipe) -> list[Stage]: ...
 
     def options(self) -> dict[str, Any]:

@@ -78,6 +78,15 @@ class ConsistentEE(BaseModel):
     def exit_threshold(self) -> float:
         return self.theta
 
+    @property
+    def not_in_first_stage(self) -> tuple[str, ...]:
+        """Not `gate_hidden`: the gates are there, untrained, before the warm-up begins."""
+        return (
+            *("alpha", "hardness", "trajectories", "baseline", "theta", "policy_weight", "rounds"),
+            *("stage2_epochs", "stage2_batch_size", "stage2_lr"),
+            *("stage3", "stage3_epochs", "stage3_batch_size", "stage3_lr"),
+        )
+
     def stages(self, model: MultiExitModel, config: Recipe) -> list[Stage]:
         """Gives the model its gates, and lists who trains what."""
         model.add_gates(self.gate_hidden)

@@ -70,6 +70,10 @@ class Cosee(BaseModel):
     def exit_threshold(self) -> None:
         return None
 
+    @property
+    def not_in_first_stage(self) -> tuple[str, ...]:
+        return ()
+
     def stages(self, model: MultiExitModel, config: Recipe) -> list[Stage]:
         return [CoseeStage(model, config.loop.epochs, self, config.loop.seed)]
 

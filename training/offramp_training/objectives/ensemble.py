@@ -47,6 +47,10 @@ class Ensemble(BaseModel):
     def exit_threshold(self) -> None:
         return None
 
+    @property
+    def not_in_first_stage(self) -> tuple[str, ...]:
+        return ()
+
     def stages(self, model: MultiExitModel, config: Recipe) -> list[Stage]:
         return [EnsembleStage(model, config.loop.epochs, self)]
 

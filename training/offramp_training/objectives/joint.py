@@ -43,6 +43,10 @@ class Joint(BaseModel):
     def exit_threshold(self) -> None:
         return None
 
+    @property
+    def not_in_first_stage(self) -> tuple[str, ...]:
+        return ()
+
     def stages(self, model: MultiExitModel, config: Recipe) -> list[Stage]:
         weights = exit_weights(self.weights, model.config.exit_layers)
         return [JointStage(model, config.loop.epochs, weights, self.reduction)]

@@ -84,6 +84,10 @@ class L2W(BaseModel):
     def exit_threshold(self) -> None:
         return None
 
+    @property
+    def not_in_first_stage(self) -> tuple[str, ...]:
+        return ()
+
     def stages(self, model: MultiExitModel, config: Recipe) -> list[Stage]:
         _check_batches(config)
         _check_weights(self, config.loop.batch_size // 2, model.config.num_exits)

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from offramp_training.errors import RecipeError
+from offramp_training.explain import explain
 from offramp_training.objectives import OBJECTIVES, Objective, make_objective
 from offramp_training.objectives.joint import Joint
 
@@ -137,7 +138,7 @@ def make_recipe(table: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate({**table, "objective": _make_objective(table)})
     except ValidationError as error:
-        raise RecipeError(_explain(error, Recipe)) from None
+        raise RecipeError(explain(error, Recipe, table)) from None
 
 
 def _make_objective(table: dict[str, Any]) -> Objective:
@@ -148,7 +149,7 @@ def _make_objective(table: dict[str, Any]) -> Objective:
         return make_objective(options)
     except ValidationError as error:
         objective = OBJECTIVES[options.get("name", "joint")]
-        raise RecipeError(_explain(error, objective, "objective.")) from None
+        raise RecipeError(explain(error, objective, options, "objective.")) from None
     except ValueError as error:
         raise RecipeError(str(error)) from None
 
@@ -180,31 +181,6 @@ def toml_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """pydantic's findings as `section.key = value: what is allowed`, one per key."""
-    lines: dict[str, str] = {}
-    for problem in error.errors():
-        place = [str(part) for part in problem["loc"]]
-        if problem["type"] != "extra_forbidden":  # that one's key may be anything
-            # The alternatives of a union follow the key: pydantic's business, not the user's.
-            place = [part for part in place if part.isidentifier()]
-        key = prefix + ".".join(place[:2] if not prefix else place[:1])
-        line = _finding(key, place, problem, model)
-        lines[key] = line if key not in lines else f"{lines[key]}, or {problem['msg'].lower()}"
-    return "; ".join(lines.values())
-
-
-def _finding(key: str, place: list[str], problem: Any, model: type[BaseModel]) -> str:
-    if problem["type"] == "extra_forbidden":
-        for name in place[:-1]:
-            model = type(model.model_fields[name].get_default(call_default_factory=True))
-        allowed = (field.alias or name for name, field in model.model_fields.items())
-        return f"{key}: unknown key; allowed: {', '.join(allowed)}"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 __all__ = [

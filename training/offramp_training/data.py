@@ -167,6 +167,20 @@ def sample(train: Dataset, count: int | None, seed: int) -> Dataset:
     return train.take(sorted(random.Random(seed).sample(range(len(train)), count)))
 
 
+def check_classes(train: Dataset, left_by: str, column: str = "label") -> None:
+    """Refuses training rows that show nothing of a class; held-out rows may lack some.
+
+    `left_by` is what left these rows: the source, or the setting that took others away.
+    """
+    seen = set(train.labels)
+    missing = [name for number, name in enumerate(train.label_names) if number not in seen]
+    if missing:
+        raise DataError(
+            f"{left_by}: no training row with {column!r} = {_some(missing)}; allowed: one or more "
+            f"for each of {_some(train.label_names)}"
+        )
+
+
 # ---- reading -------------------------------------------------------------------------------------
 
 
@@ -406,16 +420,14 @@ def _label(row: RawRow, column: str, names: tuple[str, ...], by_name: dict[str, 
     if isinstance(value, str):
         if _encodable(row, column, value) in by_name:
             return by_name[value]
-        if not _is_number(value):
-            raise DataError(
-                f"{row.place}: {column!r} = {value!r} is not a label; known: {_some(names)}"
-            )
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise DataError(f"{row.place}: {column!r} = {value!r} is not an integer or a label name")
-    if not 0 <= value < len(names):
-        raise DataError(f"{row.place}: {column!r} = {value} is out of range 0..{len(names) - 1}")
-    return value
+        value = int(value) if _is_number(value) else value
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+        return value
+    or_name = "" if all(map(_is_number, names)) else f", or a name: {_some(names)}"
+    raise DataError(
+        f"{row.place}: {column!r} = {_short(value)}; allowed: a whole number from 0 to "
+        f"{len(names) - 1}{or_name}"
+    )
 
 
 def _check_pairs(splits: dict[str, Dataset], raw: dict[str, list[RawRow]]) -> None:
@@ -429,6 +441,11 @@ def _check_pairs(splits: dict[str, Dataset], raw: dict[str, list[RawRow]]) -> No
                 place = raw[split][row.id].place
                 had, has = ("a second text", "none") if first else ("one text", "a pair")
                 raise DataError(f"{place}: earlier rows have {had}, this row has {has}")
+
+
+def _short(value: Any, most: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _some(names: Sequence[str], most: int = 10) -> str:

@@ -32,6 +32,7 @@ from offramp_training.config import Recipe
 from offramp_training.data import (
     Columns,
     Dataset,
+    check_classes,
     default_held_out,
     hold_out,
     load_splits,
@@ -47,6 +48,7 @@ from offramp_training.model import (
     load_tokenizer,
     save_tokenizer,
 )
+from offramp_training.objectives import Stage
 from offramp_training.progress import Reporter
 from offramp_training.resume import ResumePoints
 
@@ -86,7 +88,7 @@ def fit(
     backbone = resolve_backbone(recipe.model.backbone)
     model = build_model(backbone, recipe.model, rows.train.label_names, recipe.loop.seed)
     tokenizer = load_tokenizer(backbone, model)
-    stages = _stages(recipe, model)
+    stages = _stages(recipe, model, rows)
     accelerator = make_accelerator(recipe.loop)
     points = _start_work(work, overwrite)
     save_tokenizer(tokenizer, backbone, work / "tokenizer")
@@ -124,7 +126,8 @@ def check_recipe(recipe: Recipe, rows: FitData) -> None:
     backbone = resolve_backbone(recipe.model.backbone)
     model = build_model(backbone, recipe.model, rows.train.label_names, recipe.loop.seed)
     load_tokenizer(backbone, model)
-    _stages(recipe, model)
+    _stages(recipe, model, rows)
+    make_accelerator(recipe.loop)
 
 
 def choose_rows(recipe: Recipe, data: str | None) -> FitData:
@@ -141,9 +144,13 @@ def choose_rows(recipe: Recipe, data: str | None) -> FitData:
     if count is None and validation is None:
         count = default_held_out(train_rows)
     held_out = validation
+    check_classes(train_rows, f"{source}: train", columns.label)
     if count is not None:
         train_rows, held_out = hold_out(train_rows, count, seed)
-    train_rows = sample(train_rows, recipe.loop.max_train_rows, seed)
+        check_classes(train_rows, f"data.held_out = {count}", columns.label)
+    most = recipe.loop.max_train_rows
+    train_rows = sample(train_rows, most, seed)
+    check_classes(train_rows, f"loop.max_train_rows = {most}", columns.label)
     if held_out is None or not held_out.rows:
         raise DataError(f"{source}: the validation split is empty; set data.held_out")
     if train_rows.fingerprint == held_out.fingerprint:
@@ -189,13 +196,21 @@ def _start_work(work: Path, overwrite: bool) -> ResumePoints:
     return points
 
 
-def _stages(recipe: Recipe, model: MultiExitModel) -> list[Any]:
+def _stages(recipe: Recipe, model: MultiExitModel, rows: FitData) -> list[Stage]:
     try:
-        return list(recipe.objective.stages(model, recipe))
+        stages: list[Stage] = recipe.objective.stages(model, recipe)
     except RecipeError:
         raise
     except ValueError as error:
         raise RecipeError(str(error)) from None
+    for stage in stages:
+        batch_size = stage.batch_size or recipe.loop.batch_size
+        if stage.drop_incomplete and batch_size > len(rows.train):
+            raise RecipeError(
+                f"loop.batch_size = {batch_size}; {recipe.objective.name} leaves out incomplete "
+                f"batches and there are {len(rows.train)} training rows, allowed: up to that"
+            )
+    return stages
 
 
 def run_identity(recipe: Recipe, rows: FitData) -> dict[str, Any]:

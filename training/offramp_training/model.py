@@ -47,8 +47,8 @@ class MultiExitModel(nn.Module):
         """Fresh gates beside the exit heads, for an objective that learns when to leave."""
         if self.config.num_exits < 2:
             raise ValueError(
-                f"gates choose between exits; model.exit_layers = {list(self.config.exit_layers)} "
-                "has only the last one"
+                f"model.exit_layers = {list(self.config.exit_layers)}; gates choose between exits, "
+                f"allowed: two layers or more, the last of them {self.config.num_layers}"
             )
         self.config = self.config.model_copy(update={"gate_hidden": hidden})
         self.exits.add_gates(self.config.hidden_size, hidden)

@@ -35,17 +35,23 @@ def directory_with(tmp_path: Path, *lines: str, names: list[str] | None = None) 
         ('{"text": "  ", "label": 0}', "'text' is empty"),
         ('{"text": 3, "label": 0}', "'text' must be text, got int"),
         ('{"text": "x"}', "no 'label'; the row has: text"),
-        ('{"text": "x", "label": 2}', "'label' = 2 is out of range 0..1"),
-        ('{"text": "x", "label": -1}', "'label' = -1 is out of range 0..1"),
-        ('{"text": "x", "label": true}', "not an integer"),
-        ('{"text": "x", "label": 0.5}', "not an integer"),
-        ('{"text": "x", "label": "meh"}', "'meh' is not a label; known: down, up"),
+        (
+            '{"text": "x", "label": 2}',
+            "'label' = 2; allowed: a whole number from 0 to 1, or a name: down, up",
+        ),
+        ('{"text": "x", "label": -1}', "'label' = -1; allowed: a whole number from 0 to 1"),
+        ('{"text": "x", "label": true}', "'label' = True; allowed"),
+        ('{"text": "x", "label": 0.5}', "'label' = 0.5; allowed"),
+        (
+            '{"text": "x", "label": "meh"}',
+            "'meh'; allowed: a whole number from 0 to 1, or a name: down, up",
+        ),
         ('{"text": "x", "text_pair": "y", "label": 1}', "earlier rows have one text"),
         ('{"text": "x", "text_pair": "", "label": 1}', "'text_pair' is empty"),
         (r'{"text": "half \ud800", "label": 1}', "'text' is not Unicode at character 6"),
         (r'{"text": "x", "label": "\udfff"}', "'label' is not Unicode at character 1"),
         (f'{{"text": "x", "label": {"9" * 5000}}}', "not JSON: Exceeds the limit"),
-        (f'{{"text": "x", "label": "{"9" * 5000}"}}', "is not a label"),
+        (f'{{"text": "x", "label": "{"9" * 5000}"}}', "999...; allowed: "),
     ],
 )
 def test_a_bad_row_is_refused_with_file_and_line(tmp_path: Path, bad: str, what: str) -> None:
@@ -235,7 +241,9 @@ def test_only_the_splits_asked_for_are_looked_at(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"text": "nobody labelled this", "label": -1}\n')
     assert load_splits(source, splits=("train", "validation")).keys() == {"train"}
     assert len(load_split(source, "train")) == 2
-    with pytest.raises(DataError, match=r"test\.jsonl:1: 'label' = -1 is out of range"):
+    with pytest.raises(
+        DataError, match=r"test\.jsonl:1: 'label' = -1; allowed: a whole number from 0 to 1"
+    ):
         load_splits(source)
 
 

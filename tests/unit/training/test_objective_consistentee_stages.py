@@ -342,7 +342,9 @@ def test_a_model_with_one_exit_is_refused(
     tmp_path: Path, data: Path, table: dict[str, Any]
 ) -> None:
     table["model"]["exit_layers"] = [3]
-    with pytest.raises(RecipeError, match=r"model\.exit_layers = \[3\] has only the last one"):
+    with pytest.raises(
+        RecipeError, match=r"model\.exit_layers = \[3\]; .*allowed: two layers or more"
+    ):
         fit(make_recipe(table), tmp_path / "out", data=str(data))
     assert not (tmp_path / "out.fit").exists()
 

@@ -312,12 +312,12 @@ def test_options_keep_the_name_that_recipes_use(registered: None) -> None:
 @pytest.mark.parametrize(
     ("options", "fragments"),
     [
-        ({"lambda": 1.5}, ["objective.lambda = 1.5", "less than or equal to 1"]),
-        ({"lambda": -0.1}, ["objective.lambda = -0.1", "greater than or equal to 0"]),
-        ({"lambda": math.nan}, ["objective.lambda = nan", "than or equal to"]),
+        ({"lambda": 1.5}, ["objective.lambda = 1.5", "to 1"]),
+        ({"lambda": -0.1}, ["objective.lambda = -0.1", "from 0"]),
+        ({"lambda": math.nan}, ["objective.lambda = nan", "from 0 to 1"]),
         ({"min_level": "exit"}, ["objective.min_level = 'exit'", "'batch' or 'row'"]),
-        ({"drop_last": 3}, ["objective.drop_last = 3", "boolean"]),
-        ({"detach_target": "now"}, ["objective.detach_target = 'now'", "boolean"]),
+        ({"drop_last": 3}, ["objective.drop_last = 3", "allowed: true or false"]),
+        ({"detach_target": "now"}, ["objective.detach_target = 'now'", "allowed: true or false"]),
         ({"lambda_": 0.1}, ["objective.lambda_: unknown key", "min_level, drop_last"]),
     ],
 )

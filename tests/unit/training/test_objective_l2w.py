@@ -913,13 +913,6 @@ def test_incomplete_batches_are_dropped(model: MultiExitModel) -> None:
     assert len(list(stage.losses(make_batch(16), START))) == stage.steps_per_batch == 2
 
 
-def test_too_few_rows_for_one_batch_are_refused(model: MultiExitModel) -> None:
-    stage = make_stage(model)
-    stage.prepare(lambda: [make_batch(10), make_batch(6)])
-    with pytest.raises(RecipeError, match=r"loop\.batch_size = 16; there are 15 training rows"):
-        stage.prepare(lambda: [make_batch(10), make_batch(5)])
-
-
 def test_a_resumed_stage_goes_on_to_the_same_bits(model: MultiExitModel, tmp_path: Path) -> None:
     stage = make_stage(model, meta_lr=1e-2)
     descend(stage, make_batch())
@@ -1054,24 +1047,27 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eps": -0.1}, r"objective\.eps = -0\.1: .*greater than or equal to 0"),
-        ({"eps": 1.5}, r"objective\.eps = 1\.5: .*less than or equal to 1"),
+        ({"eps": -0.1}, r"objective\.eps = -0\.1; allowed: a number from 0 to 1"),
+        ({"eps": 1.5}, r"objective\.eps = 1\.5; allowed: a number from 0 to 1"),
         ({"eps": math.nan}, r"objective\.eps = nan"),
-        ({"q": 0.0}, r"objective\.q = 0\.0: .*greater than or equal to 0\.05"),
-        ({"q": 2.5}, r"objective\.q = 2\.5: .*less than or equal to 1\.95"),
-        ({"q": []}, r"objective\.q = .*at least 1 item"),
-        ({"speedup": 1.0}, r"objective\.speedup = 1\.0: .*greater than 1"),
+        ({"q": 0.0}, r"objective\.q = 0\.0; allowed: a number from 0\.05 to 1\.95"),
+        ({"q": 2.5}, r"objective\.q = 2\.5; allowed: .* to 1\.95, or a list of one"),
+        ({"q": []}, r"objective\.q = .*or a list of one or more"),
+        ({"speedup": 1.0}, r"objective\.speedup = 1\.0; .*above 1"),
         ({"speedup": 2.0, "q": 1.0}, r"objective\.q = 1\.0 and objective\.speedup = 2\.0; allowed"),
-        ({"centring": "all"}, r"objective\.centring = 'all': .*'mat', 'col' or 'row'"),
-        ({"interval": 0}, r"objective\.interval = 0: .*greater than or equal to 1"),
+        ({"centring": "all"}, r"objective\.centring = 'all'; .*'mat', 'col' or 'row'"),
+        ({"interval": 0}, r"objective\.interval = 0; allowed: a whole number from 1 on"),
         ({"hidden": 0}, r"objective\.hidden = 0"),
-        ({"meta_lr": 0.0}, r"objective\.meta_lr = 0\.0: .*greater than 0"),
+        ({"meta_lr": 0.0}, r"objective\.meta_lr = 0\.0; allowed: a number above 0"),
         ({"meta_weight_decay": -1.0}, r"objective\.meta_weight_decay = -1\.0"),
         ({"pseudo_lr": math.inf}, r"objective\.pseudo_lr = inf"),
-        ({"pseudo_rule": "adam"}, r"objective\.pseudo_rule = 'adam': .*'sgd' or 'precond'"),
-        ({"pseudo_layers": -1}, r"objective\.pseudo_layers = -1: .*'all'.*or equal to 0"),
+        ({"pseudo_rule": "adam"}, r"objective\.pseudo_rule = 'adam'; .*'sgd' or 'precond'"),
+        (
+            {"pseudo_layers": -1},
+            r"objective\.pseudo_layers = -1; .*'all', or a whole number from 0 on",
+        ),
         ({"difference_step": 0.0}, r"objective\.difference_step = 0\.0"),
-        ({"rounding": "up"}, r"objective\.rounding = 'up': .*'cumulative'"),
+        ({"rounding": "up"}, r"objective\.rounding = 'up'; .*'cumulative'"),
         ({"nonsense": 1}, r"objective\.nonsense: unknown key; allowed: .*interval"),
     ],
 )

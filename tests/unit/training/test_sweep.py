@@ -83,7 +83,7 @@ def test_grids_that_are_none(axes: list[str], seeds: str | None, what: str) -> N
 @pytest.mark.parametrize(
     ("axis", "what"),
     [
-        ("loop.epochs=[1, 0]", "point loop.epochs=0: loop.epochs = 0: "),
+        ("loop.epochs=[1, 0]", "point loop.epochs=0: loop.epochs = 0; allowed: "),
         ("loop.epoch=[1]", "point loop.epoch=1: loop.epoch: unknown key; allowed: epochs"),
         ("loop.seed.x=[1]", "seed is a value, not a section"),
         ('loop.epochs=["1", 1]', "two points would be called loop.epochs=1"),

@@ -25,7 +25,7 @@ def make_objective(options: dict[str, Any]) -> Objective:
     name = options.get("name", "joint")
     if not isinstance(name, str) or name not in OBJECTIVES:
         known = ", ".join(sorted(OBJECTIVES))
-        raise ValueError(f"objective.name = {name!r} is unknown; known objectives: {known}")
+        raise ValueError(f"objective.name = {name!r}; allowed: {known}")
     made: Objective = OBJECTIVES[name](**options)
     return made
 

@@ -89,6 +89,7 @@ class L2W(BaseModel):
         return ()
 
     def stages(self, model: MultiExitModel, config: Recipe) -> list[Stage]:
+        _check_exits(model.config.exit_layers)
         _check_batches(config)
         _check_weights(self, config.loop.batch_size // 2, model.config.num_exits)
         budgets = budgets_of(self, model.config.exit_layers, model.config.num_layers)
@@ -107,6 +108,14 @@ def budgets_of(options: L2W, exit_layers: tuple[int, ...], num_layers: int) -> t
         return tuple(q_for_speedup(exit_layers, num_layers, speedup) for speedup in wanted)
     except ValueError as error:
         raise RecipeError(f"objective.{error}") from None
+
+
+def _check_exits(layers: tuple[int, ...]) -> None:
+    if len(layers) < 2:
+        raise RecipeError(
+            f"model.exit_layers = {list(layers)}; l2w shares rows out among exits, allowed: two "
+            f"layers or more, the last of them {layers[-1]}"
+        )
 
 
 def _check_batches(config: Recipe) -> None:

@@ -122,12 +122,6 @@ class L2WStage(Stage):
     # ---- what the loop asks for --------------------------------------------------------------
 
     def prepare(self, batches: Callable[[], Iterable[Batch]]) -> None:
-        rows = sum(len(batch) for batch in batches())
-        if rows < self.full_batch:
-            raise RecipeError(
-                f"loop.batch_size = {self.full_batch}; there are {rows} training rows and l2w "
-                f"drops incomplete batches, allowed: even numbers up to {rows}"
-            )
         self.network.to(self.model.device)
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:

@@ -10,6 +10,7 @@ and plots of the JSON. Knows no objective by name: what is particular stands in 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -34,6 +35,7 @@ from offramp_training.compare import signal_aurocs, step_curve
 from offramp_training.config import Recipe, make_recipe, set_value
 from offramp_training.data import Dataset, load_split
 from offramp_training.evaluate import default_policies, record_dataset
+from offramp_training.first_stage import FirstStage
 from offramp_training.fit import choose_rows, fit, is_finished
 from offramp_training.statistics import accuracy_at, area
 
@@ -224,7 +226,7 @@ def run_one(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     if not is_finished(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        fit(recipe, output, data=str(data))
+        fit(recipe, output, data=str(data), first_stage=first_stage(arguments.work, run))
     trained = time.monotonic()
     checkpoint = load_checkpoint(output)
     held_out, reported = choose_rows(recipe, str(data)).held_out, load_split(str(data), run.report)
@@ -242,6 +244,18 @@ def run_one(arguments: argparse.Namespace) -> None:
             "versions": {name: version(name) for name in ("offramp", "torch", "transformers")},
         },
     )
+
+
+def first_stage(work: Path, run: Run) -> FirstStage:
+    """Runs that differ in nothing that their first stage knows train it once: one alpha's is all
+    alphas'."""
+    known = {
+        key: value
+        for key, value in run.settings.items()
+        if key.removeprefix("objective.") not in run.recipe().objective.not_in_first_stage
+    }
+    name = hashlib.sha256(json.dumps([run.data_set, known], sort_keys=True).encode()).hexdigest()
+    return FirstStage(work / "first-stages" / name[:16], run.name)
 
 
 def figures(checkpoint: Checkpoint, rows: Dataset, curve_of: str | None = None) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from offramp_model import (
 )
 from offramp_model.calibration import curve
 from offramp_model.encoder import PackedEncoder
-from offramp_model.heads import ExitHeads, pool_padded
+from offramp_model.heads import ExitHeads
 from offramp_model.recorded import record_exits
 from offramp_training.data import load_split
 
@@ -63,7 +63,7 @@ def transformers_padded(checkpoint: Checkpoint) -> Variant:
     backbone = AutoModel.from_pretrained(checkpoint.directory).eval()
     heads = ExitHeads(checkpoint.model).eval()
     heads.load_state_dict(load_file(checkpoint.directory / "exits.safetensors"))
-    padding = backbone.config.pad_token_id or 0
+    padding, last = backbone.config.pad_token_id or 0, checkpoint.model.num_exits - 1
 
     @torch.inference_mode()
     def run(batches: list[list[Encoding]]) -> Pass:
@@ -76,8 +76,8 @@ def transformers_padded(checkpoint: Checkpoint) -> Variant:
                 ids[row, : len(encoding)] = torch.tensor(encoding.ids)
                 mask[row, : len(encoding)] = 1
             hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
-            pooled = pool_padded(hidden, mask, checkpoint.model.pooling)
-            labels += heads(checkpoint.model.num_exits - 1, pooled).argmax(-1).tolist()
+            pooled = heads.pool_padded(last, hidden, mask)
+            labels += heads(last, pooled).argmax(-1).tolist()
         return Pass(labels, len(labels) * checkpoint.model.num_layers)
 
     return run

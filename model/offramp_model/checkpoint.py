@@ -322,7 +322,8 @@ def _check_heads(path: Path, model: MultiExitConfig) -> None:
 
 def _sizes(model: MultiExitConfig) -> str:
     gates = f", gates of width {model.gate_hidden}" if model.has_gates else ""
-    return f"{model.num_labels} labels and width {model.hidden_size}{gates}"
+    pooler = f"pooling {model.pooling_form}, pooler {model.pooler}"
+    return f"{model.num_labels} labels and width {model.hidden_size}, {pooler}{gates}"
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Pooling = Literal["cls", "mean"]
+Pooling = Literal["cls", "mean", "mean_cls", "max_mean", "attention"]
 Pooler = Literal["shared", "per_exit", "none"]
 
 
@@ -15,8 +15,9 @@ class MultiExitConfig(BaseModel):
     """The shape of a multi-exit classifier.
 
     Exit layers are 1-based and ascending, and the last one is the last layer: every text has
-    left by then. `labels` is ordered by label id. `gate_hidden` is the inner width of the learned
-    gates beside the exit heads: 0 is a single linear map, None is a model without gates.
+    left by then. `labels` is ordered by label id. `attention_heads` is for `attention` pooling only
+    and divides the hidden size. `gate_hidden` is the inner width of the learned gates beside the
+    exit heads: 0 is a single linear map, None is a model without gates.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,6 +27,7 @@ class MultiExitConfig(BaseModel):
     exit_layers: tuple[int, ...]
     labels: tuple[str, ...]
     pooling: Pooling = "mean"
+    attention_heads: Annotated[int, Field(ge=1)] = 4
     pooler: Pooler = "none"
     max_length: Annotated[int, Field(ge=2)] = 128
     head_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
@@ -46,6 +48,11 @@ class MultiExitConfig(BaseModel):
             )
         if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels must be at least two different names, got {self.labels}")
+        if self.pooling == "attention" and self.hidden_size % self.attention_heads:
+            raise ValueError(
+                f"attention_heads = {self.attention_heads} does not divide hidden_size = "
+                f"{self.hidden_size}"
+            )
         if self.has_gates and self.num_exits < 2:
             raise ValueError("gates choose between exits, but there is only the last one")
         return self
@@ -59,6 +66,22 @@ class MultiExitConfig(BaseModel):
     def num_exits(self) -> int:
         """Number of exit heads, E."""
         return len(self.exit_layers)
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of what pooling gives, P: H, or 2H where it joins two forms."""
+        return self.hidden_size * (2 if self.pooling in ("mean_cls", "max_mean") else 1)
+
+    @property
+    def state_size(self) -> int:
+        """Width of what classifiers and gates see, W: a pooler maps P to H, without one it is P."""
+        return self.pooled_size if self.pooler == "none" else self.hidden_size
+
+    @property
+    def pooling_form(self) -> str:
+        """The pooling with what belongs to it, for messages and reports."""
+        heads = f" ({self.attention_heads} heads)" if self.pooling == "attention" else ""
+        return self.pooling + heads
 
     @property
     def has_gates(self) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from offramp_model.config import MultiExitConfig
 from offramp_model.families import Family, family_of
-from offramp_model.heads import ExitHeads, pool_packed
+from offramp_model.heads import ExitHeads
 from offramp_model.policies import HeadOutput
 from offramp_model.rows import PackedTokens, TokenBatch
 
@@ -200,7 +200,7 @@ class PackedEncoder:
     Args:
         backbone: the backbone's `config.json`.
         source: where its tensors come from, by name.
-        heads: the exit heads; they stay in fp32 whatever the encoder's dtype.
+        heads: the exit heads; they stay in fp32 whatever the encoder's dtype, in which they pool.
         config: exits, pooling and labels.
         device: where to run.
         dtype: float32, bfloat16 or float16, of encoder weights and hidden states.
@@ -266,7 +266,7 @@ class PackedEncoder:
     @torch.inference_mode()
     def exit_head(self, exit_layer: int, hidden: PackedTokens) -> HeadOutput:
         index = self._config.exit_index(exit_layer)
-        state = self._heads.state(index, pool_packed(hidden, self._config.pooling).float())
+        state = self._heads.state(index, self._heads.pool_packed(index, hidden).float())
         return HeadOutput(
             self._heads.classify(index, state), self._heads.exit_probability(index, state)
         )

@@ -1,4 +1,4 @@
-"""Exit heads: pooling of a layer's hidden states, the small classifier behind it, and the gate.
+"""Exit heads: each exit's pooling, the small classifier behind it, and the gate.
 
 One module holds the heads of all exits, so that training optimises and the service runs the very
 same parameters; its state dict is `exits.safetensors`. It knows nothing about the encoder, about
@@ -8,29 +8,9 @@ decisions, or about which rows are still alive.
 import torch
 from torch import Tensor, nn
 
-from offramp_model.config import MultiExitConfig, Pooling
+from offramp_model.config import MultiExitConfig
+from offramp_model.pooling import make_pooling, pool_packed
 from offramp_model.rows import PackedTokens
-
-
-def pool_padded(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
-    """[B, S, H] and 0/1 mask [B, S] → [B, H]: the first token, or the mean of the real tokens."""
-    if pooling == "cls":
-        return hidden[:, 0]
-    weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
-
-
-def pool_packed(hidden: PackedTokens, pooling: Pooling) -> Tensor:
-    """Packed [T, H] → [n, H], the same pooling as `pool_padded` without padding."""
-    if pooling == "cls":
-        return hidden.values[hidden.cu_seqlens[:-1].long()]
-    # Runs of equal length are plain [rows, length, H] views: no scatter, and a row's mean does
-    # not depend on its neighbours.
-    means = [
-        hidden.values[run.start : run.stop].view(run.rows, run.length, -1).mean(dim=1)
-        for run in hidden.runs
-    ]
-    return torch.cat(means) if means else hidden.values[:0]
 
 
 class Gate(nn.Module):
@@ -45,7 +25,7 @@ class Gate(nn.Module):
         self.out = nn.Linear(hidden or width, 1)
 
     def forward(self, state: Tensor) -> Tensor:
-        """States [n, H] → logits [n]."""
+        """States [n, W] → logits [n]."""
         if self.hidden is not None:
             state = nn.functional.gelu(self.hidden(state))
         logits: Tensor = self.out(state)
@@ -53,7 +33,10 @@ class Gate(nn.Module):
 
 
 class ExitHeads(nn.Module):
-    """The heads of all exits: optional dense + tanh pooler, dropout, linear classifier.
+    """The heads of all exits: pooling, optional dense + tanh pooler, dropout, linear classifier.
+
+    Pooling gives vectors of the configuration's `pooled_size`, P; classifiers see states of its
+    `state_size`, W. Both are the hidden size H unless pooling joins two forms.
 
     Where the configuration asks for gates, every exit but the last has one on the state that its
     classifier sees, without dropout. The last exit needs none: whoever comes so far leaves there.
@@ -61,47 +44,68 @@ class ExitHeads(nn.Module):
 
     def __init__(self, config: MultiExitConfig) -> None:
         super().__init__()
-        width = config.hidden_size
+        self._state_size = config.state_size
+        self.poolings = nn.ModuleList(make_pooling(config) for _ in range(config.num_exits))
         poolers = {"shared": 1, "per_exit": config.num_exits, "none": 0}[config.pooler]
-        self.poolers = nn.ModuleList(nn.Linear(width, width) for _ in range(poolers))
+        self.poolers = nn.ModuleList(
+            nn.Linear(config.pooled_size, config.hidden_size) for _ in range(poolers)
+        )
         self.classifiers = nn.ModuleList(
-            nn.Linear(width, config.num_labels) for _ in range(config.num_exits)
+            nn.Linear(self._state_size, config.num_labels) for _ in range(config.num_exits)
         )
         self.dropout = nn.Dropout(config.head_dropout)
         _initialise(self)
         self.gates = nn.ModuleList()
         if config.gate_hidden is not None:
-            self.add_gates(width, config.gate_hidden)
+            self.add_gates(config.gate_hidden)
 
-    def add_gates(self, width: int, hidden: int) -> None:
+    def add_gates(self, hidden: int) -> None:
         """Fresh gates; whatever else is here keeps its values."""
-        self.gates = nn.ModuleList(Gate(width, hidden) for _ in self.classifiers[:-1])
+        self.gates = nn.ModuleList(Gate(self._state_size, hidden) for _ in self.classifiers[:-1])
         _initialise(self.gates)
 
     def init_pooler(self, dense: nn.Linear) -> None:
-        """Start every pooler from a pre-trained one (BERT's own, where the backbone has it)."""
+        """Start every pooler from a pre-trained one (BERT's own, where the backbone has it).
+
+        Raises:
+            ValueError: its width is not that of the poolers, which joined forms make twice as wide.
+        """
         for pooler in self.poolers:
+            if pooler.weight.shape != dense.weight.shape:
+                raise ValueError(
+                    f"a pooler of {dense.in_features} → {dense.out_features} cannot start one of "
+                    f"{pooler.in_features} → {pooler.out_features}"
+                )
             pooler.load_state_dict(dense.state_dict())
 
+    def pool_padded(self, exit_index: int, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Padded hidden states [B, S, H] and 0/1 mask [B, S] → pooled [B, P]."""
+        pooled: Tensor = self.poolings[exit_index](hidden, attention_mask)
+        return pooled
+
+    def pool_packed(self, exit_index: int, hidden: PackedTokens) -> Tensor:
+        """Packed hidden states [T, H] → pooled [n, P], the same without padding."""
+        return pool_packed(self.poolings[exit_index], hidden)
+
     def forward(self, exit_index: int, pooled: Tensor) -> Tensor:
-        """Pooled states [n, H] of the exit at 0-based `exit_index` → logits [n, C]."""
+        """Pooled states [n, P] of the exit at 0-based `exit_index` → logits [n, C]."""
         return self.classify(exit_index, self.state(exit_index, pooled))
 
     def state(self, exit_index: int, pooled: Tensor) -> Tensor:
-        """What the classifier and the gate of an exit see: pooled states [n, H], or tanh of the
-        pooler's map of them."""
+        """What the classifier and the gate of an exit see, [n, W]: the pooled states [n, P], or
+        tanh of the pooler's map of them."""
         if not self.poolers:
             return pooled
         pooler = self.poolers[min(exit_index, len(self.poolers) - 1)]
         return torch.tanh(pooler(pooled))
 
     def classify(self, exit_index: int, state: Tensor) -> Tensor:
-        """States [n, H] → logits [n, C]."""
+        """States [n, W] → logits [n, C]."""
         logits: Tensor = self.classifiers[exit_index](self.dropout(state))
         return logits
 
     def gate_logits(self, exit_index: int, state: Tensor) -> Tensor:
-        """States [n, H] of an exit before the last → logits [n] of the probability to leave."""
+        """States [n, W] of an exit before the last → logits [n] of the probability to leave."""
         logits: Tensor = self.gates[exit_index](state)
         return logits
 

@@ -14,12 +14,17 @@ backbone: pytest.FixtureDef[Path] = _fixtures.backbone
 data: pytest.FixtureDef[Path] = _fixtures.data
 
 
-@pytest.fixture(scope="session")
-def checkpoint(backbone: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained until it knows the task, and calibrated."""
+@pytest.fixture(scope="session", params=["mean", "attention"])
+def checkpoint(
+    request: pytest.FixtureRequest,
+    backbone: Path,
+    data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Trained until it knows the task, and calibrated; with heads that learn to pool, too."""
     recipe = make_recipe(
         {
-            "model": {"backbone": str(backbone), "max_length": 16},
+            "model": {"backbone": str(backbone), "max_length": 16, "pooling": request.param},
             "optimiser": {"lr": 3e-3, "head_lr": 3e-3},
             "loop": {"epochs": 8, "batch_size": 16},
         }

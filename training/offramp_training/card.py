@@ -99,11 +99,13 @@ def _use() -> str:
 def _origin(manifest: Manifest) -> str:
     data, parameters = manifest.data, manifest.objective.parameters
     model: Any = parameters.get("model", {})
+    heads = f"pooling `{manifest.model.pooling_form}`, pooler `{manifest.model.pooler}`"
     return (
         "## Origin\n\n"
-        f"Backbone `{_short(str(model.get('backbone', 'unknown')))}`; objective "
-        f"`{manifest.objective.name}`; seed {manifest.seed}; {data.train_rows} training rows, "
-        f"{data.held_out_rows} rows held out for calibration. Every setting is in `offramp.json`."
+        f"Backbone `{_short(str(model.get('backbone', 'unknown')))}`; exit heads with {heads}; "
+        f"objective `{manifest.objective.name}`; seed {manifest.seed}; {data.train_rows} training "
+        f"rows, {data.held_out_rows} rows held out for calibration. Every setting is in "
+        "`offramp.json`."
     )
 
 

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from offramp_model.config import Pooler, Pooling
 from offramp_training.errors import RecipeError
 from offramp_training.explain import explain
 from offramp_training.objectives import OBJECTIVES, Objective, make_objective
@@ -41,8 +42,9 @@ class ModelSection(Section):
 
     backbone: str = DEFAULT_BACKBONE  # hub name or local directory
     exit_layers: tuple[Count, ...] | None = None  # None: every layer
-    pooling: Literal["cls", "mean"] = "mean"
-    pooler: Literal["shared", "per_exit", "none"] = "none"
+    pooling: Pooling = "mean"
+    attention_heads: Count = 4  # of pooling = "attention"; each has its share of the width
+    pooler: Pooler = "none"
     max_length: Annotated[int, Field(ge=4, le=8192)] = 128
     head_dropout: Share = 0.1
     # Keep the embeddings as they came. Half of a small encoder's parameters are there, and a third

@@ -33,7 +33,7 @@ def _print_facts(checkpoint: Checkpoint, console: Console) -> None:
         ("backbone", f"{checkpoint.backbone.get('model_type')}, {model.num_layers} layers, "
                      f"{model.hidden_size} wide, {model.max_length} tokens at most"),
         ("exits", "after layers " + ", ".join(map(str, model.exit_layers))),
-        ("heads", f"pooling {model.pooling}, pooler {model.pooler}, {_gates(model)}"),
+        ("heads", f"pooling {model.pooling_form}, pooler {model.pooler}, {_gates(model)}"),
         ("labels", f"{model.num_labels}: {labels}"),
         ("objective", manifest.objective.name),
         ("exit policy", manifest.exit_policy),

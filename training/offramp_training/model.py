@@ -17,7 +17,7 @@ from torch import nn
 from offramp_model.config import MultiExitConfig
 from offramp_model.encoder import check_backbone
 from offramp_model.families import FAMILIES
-from offramp_model.heads import ExitHeads, pool_padded
+from offramp_model.heads import ExitHeads
 from offramp_training.config import ModelSection
 from offramp_training.errors import BackboneError, RecipeError
 
@@ -40,7 +40,9 @@ class MultiExitModel(nn.Module):
         pooler = getattr(backbone, "pooler", None)
         if pooler is not None:
             pooler.requires_grad_(False)
-            if config.pooler != "none" and hasattr(pooler, "dense"):
+            # One that sees two pooled forms at once has no pre-trained counterpart.
+            fits = config.pooled_size == config.hidden_size
+            if config.pooler != "none" and fits and hasattr(pooler, "dense"):
                 self.exits.init_pooler(pooler.dense)
 
     def add_gates(self, hidden: int) -> None:
@@ -51,7 +53,7 @@ class MultiExitModel(nn.Module):
                 f"allowed: two layers or more, the last of them {self.config.num_layers}"
             )
         self.config = self.config.model_copy(update={"gate_hidden": hidden})
-        self.exits.add_gates(self.config.hidden_size, hidden)
+        self.exits.add_gates(hidden)
         self.exits.gates.to(self.device)
 
     @overload
@@ -96,7 +98,7 @@ class MultiExitModel(nn.Module):
         attention_mask: torch.Tensor,
         token_type_ids: torch.Tensor,
     ) -> list[torch.Tensor]:
-        """What each exit's classifier and gate see, [B, H] each."""
+        """What each exit's classifier and gate see, [B, W] each."""
         pooled = self.pooled(input_ids, attention_mask, token_type_ids)
         return [self.exits.state(index, rows) for index, rows in enumerate(pooled)]
 
@@ -106,14 +108,14 @@ class MultiExitModel(nn.Module):
         attention_mask: torch.Tensor,
         token_type_ids: torch.Tensor,
     ) -> list[torch.Tensor]:
-        """What each exit head sees: one vector per row and exit, [B, H] each."""
+        """What each exit's pooling gives: one vector per row and exit, [B, P] each."""
         types = {"token_type_ids": token_type_ids} if self._takes_types else {}
         output = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **types
         )
         return [
-            pool_padded(output.hidden_states[layer], attention_mask, self.config.pooling)
-            for layer in self.config.exit_layers
+            self.exits.pool_padded(index, output.hidden_states[layer], attention_mask)
+            for index, layer in enumerate(self.config.exit_layers)
         ]
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -218,6 +220,11 @@ def _multi_exit_config(backbone: Any, section: ModelSection, labels: Any) -> Mul
             f"model.exit_layers = {list(exits)}; the backbone has {layers} layers, allowed: "
             f"ascending layer numbers of which the last is {layers}"
         )
+    if section.pooling == "attention" and backbone.hidden_size % section.attention_heads:
+        raise RecipeError(
+            f"model.attention_heads = {section.attention_heads}; allowed: what divides the "
+            f"backbone's width, {backbone.hidden_size}"
+        )
     longest = backbone.max_position_embeddings
     if "roberta" in backbone.model_type:
         longest -= backbone.pad_token_id + 1  # its positions start after the padding id
@@ -231,6 +238,7 @@ def _multi_exit_config(backbone: Any, section: ModelSection, labels: Any) -> Mul
         exit_layers=exits,
         labels=labels,
         pooling=section.pooling,
+        attention_heads=section.attention_heads,
         pooler=section.pooler,
         max_length=section.max_length,
         head_dropout=section.head_dropout,

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from offramp_model.checkpoint import (
     update_manifest,
     write_checkpoint,
 )
-from offramp_model.config import MultiExitConfig
+from offramp_model.config import MultiExitConfig, Pooling
 from offramp_model.recorded import record_exits
 
 
@@ -49,7 +49,7 @@ def table(threshold: float = float("-inf")) -> CalibrationTable:
 
 
 @pytest.mark.parametrize("pooler", ["none", "shared", "per_exit"])
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", get_args(Pooling))
 def test_what_is_written_is_read(
     tmp_path: Path, write_tiny: Any, pooler: Any, pooling: Any
 ) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offramp_model.config import MultiExitConfig
 from offramp_model.encoder import PackedEncoder
-from offramp_model.heads import ExitHeads, pool_packed, pool_padded
+from offramp_model.heads import ExitHeads
 from offramp_model.rows import Encoding, PackedTokens, TokenBatch
 
 SHAPE: dict[str, Any] = {"vocab_size": 97, "max_position_embeddings": 64}
@@ -136,23 +136,6 @@ def test_real_minilm_agrees_with_transformers_on_real_text() -> None:
         ids = tokenizer(text, truncation=True, max_length=60)["input_ids"]
         encodings.append(Encoding(ids, [0] * len(ids)))
     check_every_layer(model, encodings, with_types=True)
-
-
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_packed_pooling_is_padded_pooling(pooling: Any) -> None:
-    encodings = random_encodings(97, LENGTHS, with_types=False)
-    batch = TokenBatch.pack(encodings)
-    hidden = PackedTokens(torch.randn(batch.num_tokens, 8), batch.cu_seqlens)
-    padded = torch.full((len(LENGTHS), max(LENGTHS), 8), 1e9)
-    mask = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.int64)
-    offsets = batch.cu_seqlens.tolist()
-    for row in range(len(LENGTHS)):
-        length = offsets[row + 1] - offsets[row]
-        padded[row, :length] = hidden.values[offsets[row] : offsets[row + 1]]
-        mask[row, :length] = 1
-    torch.testing.assert_close(
-        pool_packed(hidden, pooling), pool_padded(padded, mask, pooling), rtol=1e-5, atol=1e-6
-    )
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:

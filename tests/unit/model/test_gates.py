@@ -82,7 +82,7 @@ def test_gates_are_added_without_touching_the_heads() -> None:
     heads = ExitHeads(config_with())
     before = {name: value.clone() for name, value in heads.state_dict().items()}
     assert heads.exit_probability(0, torch.zeros(2, 16)) is None
-    heads.add_gates(16, 8)
+    heads.add_gates(8)
     after = heads.state_dict()
     assert all(after[name].equal(value) for name, value in before.items())
     assert after.keys() == ExitHeads(config_with(gate_hidden=8)).state_dict().keys()

@@ -34,7 +34,7 @@ def test_defaults_are_a_recipe() -> None:
         ),
         ({"optimiser": {"lr": -1.0}}, ["optimiser.lr = -1.0", "a number above 0"]),
         ({"optimiser": {"lr": float("nan")}}, ["optimiser.lr = nan", "a finite number above 0"]),
-        ({"model": {"pooling": "max"}}, ["model.pooling = 'max'", "'cls' or 'mean'"]),
+        ({"model": {"pooling": "max"}}, ["model.pooling = 'max'", "'max_mean' or 'attention'"]),
         ({"model": {"exit_layers": [3, 1]}}, ["model.exit_layers = [3, 1]", "ascending"]),
         ({"objective": {"name": "magic"}}, ["objective.name = 'magic'", "joint"]),
         ({"objective": {"lambda": 1}}, ["objective.lambda: unknown key", "weights, reduction"]),

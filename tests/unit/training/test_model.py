@@ -3,17 +3,20 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from offramp_model.checkpoint import load_checkpoint
+from offramp_model.config import Pooling
+from offramp_model.encoder import PackedEncoder
 from offramp_model.recorded import record_exits
+from offramp_model.tokenizer import TextTokenizer
 from offramp_training import backbone as backbones
 from offramp_training.batches import EncodedRows
-from offramp_training.config import DEFAULT_BACKBONE, ModelSection
+from offramp_training.config import DEFAULT_BACKBONE, ModelSection, OptimiserSection
 from offramp_training.data import load_split
 from offramp_training.errors import BackboneError, RecipeError
 from offramp_training.model import (
@@ -23,6 +26,8 @@ from offramp_training.model import (
     load_tokenizer,
     save_tokenizer,
 )
+from offramp_training.objectives import Stage
+from offramp_training.optimiser import make_optimiser
 
 LABELS = ("pleasure", "dread", "craft")
 
@@ -51,6 +56,24 @@ def test_training_and_serving_give_the_same_logits(checkpoint: Path, data: Path)
     torch.testing.assert_close(padded, packed.logits, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("pooler", ["none", "per_exit"])
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+def test_every_head_form_gives_the_same_logits_in_training_and_serving(
+    backbone: Path, data: Path, pooling: Any, pooler: Any
+) -> None:
+    section = ModelSection(pooling=pooling, attention_heads=2, pooler=pooler, max_length=16)
+    model = build_model(backbone, section, LABELS, seed=0).eval().requires_grad_(False)
+    for parameter in model.exits.parameters():  # a query of zeros would hide a mix-up of heads
+        torch.nn.init.normal_(parameter, std=0.5)
+    tokenizer = TextTokenizer(backbone / "tokenizer.json", 16)
+    rows = EncodedRows.of(load_split(str(data), "test"), tokenizer, model.pad_id)
+    padded = torch.cat([model.logits(batch) for batch in rows.in_order(8)], dim=1)
+    tensors, config = model.backbone.state_dict(), model.backbone.config.to_dict()
+    stack = PackedEncoder(config, tensors.__getitem__, model.exits, model.config)
+    packed = record_exits(stack, rows.encodings)
+    torch.testing.assert_close(padded, packed.logits, atol=1e-5, rtol=1e-4)
+
+
 def test_auto_classes_open_the_checkpoint(checkpoint: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
@@ -67,10 +90,33 @@ def test_the_shared_pooler_starts_from_the_backbones(backbone: Path) -> None:
     assert not pooler.weight.requires_grad
 
 
+def test_a_pooler_of_two_forms_does_not_start_from_the_backbones(backbone: Path) -> None:
+    section = ModelSection(pooling="mean_cls", pooler="shared", max_length=16)
+    model = build_model(backbone, section, LABELS, seed=0)
+    assert model.exits.poolers[0].weight.shape == (32, 64)
+    assert not model.backbone.pooler.dense.weight.requires_grad
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_what_pools_learns_at_the_rate_of_the_heads(backbone: Path, pooling: Any) -> None:
+    section = ModelSection(pooling=pooling, max_length=16)
+    model = build_model(backbone, section, LABELS, seed=0)
+    optimiser = make_optimiser(Stage("all", model, 1), OptimiserSection(lr=1e-5, head_lr=1e-3))
+    rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if rates.get(id(p)) == 1e-3}
+    assert names == {name for name, _ in model.named_parameters() if name.startswith("exits.")}
+    queries = {f"exits.poolings.{index}.query" for index in range(3)}
+    assert queries & names == (queries if pooling == "attention" else set())
+
+
 @pytest.mark.parametrize(
     ("section", "what"),
     [
         ({"exit_layers": (1, 2)}, r"model.exit_layers = \[1, 2\]; the backbone has 3 layers"),
+        (
+            {"pooling": "attention", "attention_heads": 5},
+            "model.attention_heads = 5; allowed: what divides the backbone's width, 32",
+        ),
         ({"max_length": 64}, "model.max_length = 64; the backbone has 32 positions"),
     ],
 )

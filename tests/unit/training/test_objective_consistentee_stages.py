@@ -133,11 +133,12 @@ def test_each_stage_moves_its_own_and_no_other_bit(
     taken = snapshots(monkeypatch)
     table["loop"]["patience"] = 1  # accuracy stands still in stage 2, which must not stop it
     table["loop"]["evaluate_every_steps"] = 2
+    table["model"]["pooling"] = "attention"
     made = fit(make_recipe(table), tmp_path / "out", data=str(data), calibrate=False)
     assert [name for name, _ in taken] == ["warm-up", "gates", "joint"]
     start, warm, gated = (state for _, state in taken)
     encoder = {"backbone.embeddings", "backbone.encoder"}
-    assert changed(start, warm) == encoder | {"exits.classifiers"}
+    assert changed(start, warm) == encoder | {"exits.classifiers", "exits.poolings"}
     assert changed(warm, gated) == {"exits.gates"}
     gates = {name for name in warm if name.startswith("exits.gates.")}
     assert gates == {
@@ -150,7 +151,7 @@ def test_each_stage_moves_its_own_and_no_other_bit(
     final = {
         f"exits.{name}": value for name, value in load_file(made / "exits.safetensors").items()
     }
-    assert changed(final, gated) == {"exits.gates", "exits.classifiers"}
+    assert changed(final, gated) == {"exits.gates", "exits.classifiers", "exits.poolings"}
 
 
 def test_the_alternate_reading_moves_gates_and_classifiers_in_turn(
@@ -166,7 +167,7 @@ def test_the_alternate_reading_moves_gates_and_classifiers_in_turn(
 
     monkeypatch.setattr(RowMemory, "run", run)
     table["objective"] |= {"stage3": "alternate", "rounds": 2, "stage3_lr": 1e-2}
-    table["model"]["pooler"] = "shared"
+    table["model"] |= {"pooling": "attention", "pooler": "shared"}
     fit(make_recipe(table), tmp_path / "out", data=str(data), calibrate=False)
     assert [name for name, _ in taken] == [
         "warm-up", "gates 1 of 2", "alternate 1 of 2", "gates 2 of 2", "alternate 2 of 2",
@@ -355,7 +356,7 @@ def test_what_fit_writes_has_gates_tables_and_the_natural_point(
     from rich.console import Console
 
     table["objective"]["theta"] = 0.4
-    table["model"]["exit_layers"] = [1, 3]
+    table["model"] |= {"exit_layers": [1, 3], "pooling": "attention", "attention_heads": 2}
     made = fit(make_recipe(table), tmp_path / "out", data=str(data))
     opened = load_checkpoint(made)
     assert (opened.model.gate_hidden, opened.manifest.exit_policy) == (32, "gate")
@@ -364,9 +365,9 @@ def test_what_fit_writes_has_gates_tables_and_the_natural_point(
     stored: Any = opened.manifest.evaluation["policies"]
     assert stored["gate"]["natural"]["threshold"] == 0.4
     assert "natural" not in stored["entropy"]
-    assert "threshold that the exits were trained for, 0.4: speed-up" in (
-        (made / "README.md").read_text()
-    )
+    card = (made / "README.md").read_text()
+    assert "threshold that the exits were trained for, 0.4: speed-up" in card
+    assert "exit heads with pooling `attention (2 heads)`, pooler `none`; objective" in card
     report = evaluate_checkpoint(opened, load_split(str(data), "test"), ["gate"])
     natural = report.policies["gate"].natural
     assert natural is not None
@@ -379,7 +380,7 @@ def test_what_fit_writes_has_gates_tables_and_the_natural_point(
     inspect_checkpoint(made, Console(width=120))
     printed = capsys.readouterr().out
     assert "gate at the threshold it was trained for, 0.4: accuracy" in printed
-    assert "gates 32 wide" in printed
+    assert "pooling attention (2 heads), pooler none, gates 32 wide" in printed
 
 
 def test_the_policy_learns_to_stop_where_it_pays(

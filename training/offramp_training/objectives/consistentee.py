@@ -178,7 +178,7 @@ class _CachedStage(_Stage):
         self.prepare(batches)
 
     def gate_logits(self, states: torch.Tensor) -> torch.Tensor:
-        """[E, B, H] -> [E - 1, B]."""
+        """States [E, B, W] -> [E - 1, B]."""
         exits = self.model.exits
         return torch.stack([exits.gate_logits(i, state) for i, state in enumerate(states[:-1])])
 
@@ -222,7 +222,10 @@ class JointStage3(_Stage):
 
 
 class HeadsStage(_CachedStage):
-    """Stage 3 in its other reading: the classifiers alone, at the exits that the gates choose."""
+    """Stage 3 in its other reading: the classifiers alone, at the exits that the gates choose.
+
+    What pools and maps their states stands still with the encoder: the cached states are its work.
+    """
 
     number = 3
     trains = (CLASSIFIERS,)

@@ -27,7 +27,7 @@ class RowMemory:
     def __init__(self) -> None:
         self._place: dict[int, int] = {}  # row id -> line of the tensors below
         self._memorised: torch.Tensor | None = None  # layers, int64 [N]
-        self._states: torch.Tensor | None = None  # [N, E, H]
+        self._states: torch.Tensor | None = None  # [N, E, W]
         self._cross_entropies: torch.Tensor | None = None  # [N, E]
 
     def run(self, model: MultiExitModel, batches: Iterable[Batch]) -> None:
@@ -53,7 +53,7 @@ class RowMemory:
         return self._memorised[self._places(ids)].to(ids.device)
 
     def states(self, ids: torch.Tensor) -> torch.Tensor:
-        """What every exit's classifier and gate see of these rows, [E, B, H]."""
+        """What every exit's classifier and gate see of these rows, [E, B, W]."""
         return self._cached(self._states, ids)
 
     def cross_entropies(self, ids: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ class RowMemory:
 
 @torch.no_grad()
 def _one_batch(model: MultiExitModel, batch: Batch) -> tuple[torch.Tensor, ...]:
-    """Ids [B], states [B, E, H], cross-entropies [B, E], right answers [B, E], on the CPU."""
+    """Ids [B], states [B, E, W], cross-entropies [B, E], right answers [B, E], on the CPU."""
     batch = batch.to(model.device)
     states = model.states(batch.input_ids, batch.attention_mask, batch.token_type_ids)
     logits = torch.stack([model.exits.classify(i, state) for i, state in enumerate(states)])

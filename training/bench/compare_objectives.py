@@ -76,7 +76,7 @@ class Protocol:
     def contests(self) -> Iterator[tuple[str, str]]:
         """Data set and objective: what has one winner."""
         for data_set, of_set in self.table["sets"].items():
-            for objective in of_set.get("only", self.table["objectives"]):
+            for objective in of_set.get("only", self.table["compared"]):
                 yield data_set, objective
 
     def seeds(self, data_set: str) -> list[int]:
@@ -84,15 +84,17 @@ class Protocol:
         found: list[int] = self.table["sets"][data_set].get("seeds", self.table["seeds"])
         return found
 
+    def every_seed(self, data_set: str) -> bool:
+        """Do all configurations run with all seeds, not only the winner?"""
+        return bool(self.table["sets"][data_set].get("every_seed", False))
+
     def configurations(self, data_set: str, objective: str) -> list[str]:
         """Names, in the order in which they are run."""
-        only = self.table["sets"][data_set].get("only")
-        if only is not None:
-            return [only[objective]]
+        wanted = self.table["sets"][data_set].get("only", {}).get(objective)
         return [
             one["name"]
             for one in self.table["objectives"][objective]["configurations"]
-            if data_set in one.get("sets", (data_set,))
+            if data_set in one.get("sets", (data_set,)) and one["name"] in (wanted or one["name"],)
         ]
 
     def run(self, data_set: str, objective: str, configuration: str, seed: int) -> Run:
@@ -169,11 +171,15 @@ def pending(protocol: Protocol, results: Results, only: Sequence[str]) -> Iterat
                 if results.read(run) is None:
                     yield run
     for contest in contests:
-        name = results.winner(protocol, *contest)
-        for seed in protocol.seeds(contest[0])[1:] if name is not None else ():
-            run = protocol.run(*contest, name, seed)
-            if results.read(run) is None:
-                yield run
+        winner = results.winner(protocol, *contest)
+        if winner is None:
+            continue
+        every = protocol.every_seed(contest[0])
+        for name in protocol.configurations(*contest) if every else [winner]:
+            for seed in protocol.seeds(contest[0])[1:]:
+                run = protocol.run(*contest, name, seed)
+                if results.read(run) is None:
+                    yield run
 
 
 def run_all(arguments: argparse.Namespace) -> None:

@@ -32,7 +32,8 @@ def test_every_run_of_the_protocol_is_a_recipe(protocol: Any) -> None:
     asked = set()
     for data_set, objective in protocol.contests():
         names = protocol.configurations(data_set, objective)
-        assert 1 <= len(names) <= 8
+        assert names
+        assert objective not in OBJECTIVES or len(names) <= 8
         for name in names:
             for seed in protocol.seeds(data_set):
                 run = protocol.run(data_set, objective, name, seed)

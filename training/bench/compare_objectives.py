@@ -94,7 +94,7 @@ class Protocol:
         return [
             one["name"]
             for one in self.table["objectives"][objective]["configurations"]
-            if data_set in one.get("sets", (data_set,)) and one["name"] in (wanted or one["name"],)
+            if data_set in one.get("sets", (data_set,)) and (not wanted or one["name"] in wanted)
         ]
 
     def run(self, data_set: str, objective: str, configuration: str, seed: int) -> Run:

@@ -100,12 +100,15 @@ def record_exits(
     encodings: Sequence[Encoding],
     *,
     batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    last_only: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> RecordedExits:
     """Run texts through the whole stack and keep what every exit says.
 
-    Batches are formed in order of length, so that a batch holds few distinct lengths. `progress`
-    is told the number of rows done after each batch.
+    Batches are formed in order of length, so that a batch holds few distinct lengths. `device` is
+    the stack's; what is kept lies on the CPU. With `last_only` no other exit is asked or kept.
+    `progress` is told the number of rows done after each batch.
 
     Raises:
         ValueError: there are no texts.
@@ -113,23 +116,27 @@ def record_exits(
     if not encodings:
         raise ValueError("there are no texts to record")
     by_length = sorted(range(len(encodings)), key=lambda index: len(encodings[index]))
-    logits = torch.empty(len(stack.exit_layers), len(encodings), stack.num_labels)
+    kept = stack.exit_layers[-1:] if last_only else stack.exit_layers
+    logits = torch.empty(len(kept), len(encodings), stack.num_labels)
     gate: Tensor | None = None
     for start in range(0, len(by_length), batch_size):
         chosen = by_length[start : start + batch_size]
-        batch = TokenBatch.pack([encodings[index] for index in chosen])
-        submitted = torch.tensor(chosen)[batch.order]
+        batch = TokenBatch.pack([encodings[index] for index in chosen], device)
+        submitted = torch.tensor(chosen)[batch.order.cpu()]
         hidden = stack.embed(batch)
-        for exit_index, exit_layer in enumerate(stack.exit_layers):
+        for exit_layer in stack.exit_layers:
             hidden = stack.segment(exit_layer, hidden)
+            if exit_layer not in kept:
+                continue
+            exit_index = kept.index(exit_layer)
             head = stack.exit_head(exit_layer, hidden)
-            logits[exit_index, submitted] = head.logits.float()
+            logits[exit_index, submitted] = head.logits.float().cpu()
             if head.gate is not None:
                 gate = logits.new_empty(logits.shape[:2]) if gate is None else gate
-                gate[exit_index, submitted] = head.gate.float()
+                gate[exit_index, submitted] = head.gate.float().cpu()
         if progress is not None:
             progress(start + len(chosen))
-    return RecordedExits(logits, stack.exit_layers, gate)
+    return RecordedExits(logits, kept, gate)
 
 
 def replay(

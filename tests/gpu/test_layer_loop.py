@@ -10,6 +10,7 @@ from loading import load
 from offramp_model.encoder import PackedEncoder
 from offramp_model.layer_loop import layer_loop, start_rows
 from offramp_model.policies import POLICIES, make_policy
+from offramp_model.recorded import record_exits
 from offramp_model.rows import Encoding, RowSettings, TokenBatch
 
 pytestmark = pytest.mark.gpu
@@ -20,7 +21,8 @@ def tiny() -> ModuleType:
     return load("tests/unit/model/conftest.py")
 
 
-def answers(device: str, policy_name: str, threshold: float) -> list[tuple[int, int]]:
+def on(device: str) -> tuple[PackedEncoder, list[Encoding]]:
+    """The tiny encoder on a device, and texts for it."""
     fixtures: Any = tiny()
     config = fixtures.tiny_config(gate_hidden=5)
     stack = PackedEncoder(
@@ -36,6 +38,11 @@ def answers(device: str, policy_name: str, threshold: float) -> list[tuple[int, 
         Encoding(torch.randint(1, 49, (length,), generator=generator).tolist(), [0] * length)
         for length in lengths
     ]
+    return stack, encodings
+
+
+def answers(device: str, policy_name: str, threshold: float) -> list[tuple[int, int]]:
+    stack, encodings = on(device)
     policy = make_policy(policy_name)
     rows = start_rows(
         stack,
@@ -54,3 +61,9 @@ def answers(device: str, policy_name: str, threshold: float) -> list[tuple[int, 
 def test_the_device_leaves_where_the_cpu_leaves(name: str) -> None:
     threshold = {"fixed_layer": 2.0, "patience": 1.0, "vote": 1.2, "energy": 0.1}.get(name, 0.6)
     assert answers("cuda", name, threshold) == answers("cpu", name, threshold)
+
+
+def test_what_is_recorded_on_the_device_is_what_the_cpu_records() -> None:
+    found, expected = (record_exits(*on(device), device=device) for device in ("cuda", "cpu"))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.gate, expected.gate, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from offramp_model.checkpoint import Manifest
+from offramp_training.config import DistillationSection
 
 
 def model_card(manifest: Manifest) -> str:
@@ -100,12 +101,13 @@ def _origin(manifest: Manifest) -> str:
     data, parameters = manifest.data, manifest.objective.parameters
     model: Any = parameters.get("model", {})
     heads = f"pooling `{manifest.model.pooling_form}`, pooler `{manifest.model.pooler}`"
+    distilled = DistillationSection.model_validate(parameters.get("distillation", {})).in_words
     return (
         "## Origin\n\n"
         f"Backbone `{_short(str(model.get('backbone', 'unknown')))}`; exit heads with {heads}; "
         f"objective `{manifest.objective.name}`; seed {manifest.seed}; {data.train_rows} training "
-        f"rows, {data.held_out_rows} rows held out for calibration. Every setting is in "
-        "`offramp.json`."
+        f"rows, {data.held_out_rows} rows held out for calibration. "
+        f"{f'Distilled from {distilled}. ' if distilled else ''}Every setting is in `offramp.json`."
     )
 
 

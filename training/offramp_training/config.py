@@ -64,6 +64,52 @@ class DataSection(Section):
     held_out: Count | None = None
 
 
+class DistillationSection(Section):
+    """Softer targets beside the labels, whatever the objective.
+
+    `self_weight` of an exit's loss is its divergence from the same model's last exit (for those
+    before that one), `teacher_weight` that from a teacher's last exit (for all); the rest is
+    cross-entropy.
+    """
+
+    self_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    teacher: str | None = None  # directory of a finished checkpoint with the same labels
+    teacher_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    temperature: Positive = 2.0  # of both targets and of the exits beside them
+    # The teacher's weights, as its offramp.json has them. None: whatever lies there; a checkpoint's
+    # record has them filled in.
+    teacher_sha256: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _weights_and_teacher_agree(self) -> DistillationSection:
+        if self.self_weight + self.teacher_weight > 1:
+            raise ValueError(
+                f"distillation.self_weight = {self.self_weight} and distillation.teacher_weight = "
+                f"{self.teacher_weight}; allowed: at most 1 together"
+            )
+        if (self.teacher is None) != (self.teacher_weight == 0):
+            raise ValueError(
+                f"distillation.teacher = {self.teacher!r} and distillation.teacher_weight = "
+                f"{self.teacher_weight}; allowed: a checkpoint with a weight above 0, or neither"
+            )
+        if self.teacher is None and self.teacher_sha256 is not None:
+            raise ValueError(
+                "distillation.teacher_sha256 without distillation.teacher; allowed: both, or the "
+                "teacher alone"
+            )
+        return self
+
+    @property
+    def in_words(self) -> str:
+        """What the exits learn from beside the labels; empty where that is nothing."""
+        sources = []
+        if self.self_weight:
+            sources.append(f"the last exit (weight {self.self_weight:g})")
+        if self.teacher is not None:
+            sources.append(f"teacher {Path(self.teacher).name} (weight {self.teacher_weight:g})")
+        return f"{' and '.join(sources)}, temperature {self.temperature:g}" if sources else ""
+
+
 class OptimiserSection(Section):
     """AdamW and its schedule."""
 
@@ -98,6 +144,7 @@ class Recipe(Section):
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     objective: SerializeAsAny[Any] = Field(default_factory=Joint)  # an Objective
+    distillation: DistillationSection = DistillationSection()
     optimiser: OptimiserSection = OptimiserSection()
     loop: LoopSection = LoopSection()
 
@@ -188,6 +235,7 @@ def toml_value(text: str) -> Any:
 __all__ = [
     "DEFAULT_BACKBONE",
     "DataSection",
+    "DistillationSection",
     "LoopSection",
     "ModelSection",
     "OptimiserSection",

@@ -51,6 +51,7 @@ from offramp_training.model import (
 from offramp_training.objectives import Stage
 from offramp_training.progress import Reporter
 from offramp_training.resume import ResumePoints
+from offramp_training.teacher import make_distillation, pin_teacher
 
 # Settings that may change when a run goes on: how often it is saved, when it must stop, how many
 # threads it gets. The last two show in the weights, but they are the machine's, not the run's.
@@ -85,6 +86,7 @@ def fit(
     if recipe.loop.threads is not None:
         torch.set_num_threads(recipe.loop.threads)
     rows = choose_rows(recipe, data)
+    recipe = pin_teacher(recipe, rows.train.label_names)
     backbone = resolve_backbone(recipe.model.backbone)
     model = build_model(backbone, recipe.model, rows.train.label_names, recipe.loop.seed)
     tokenizer = load_tokenizer(backbone, model)
@@ -94,6 +96,9 @@ def fit(
     save_tokenizer(tokenizer, backbone, work / "tokenizer")
     text_tokenizer = TextTokenizer(work / "tokenizer" / "tokenizer.json", recipe.model.max_length)
     model = accelerator.prepare_model(model)
+    distillation = make_distillation(recipe.distillation, rows.train, model.device)
+    for stage in stages:
+        stage.distillation = distillation
     with Reporter(work / "tensorboard") as reporter:
         run = Run(
             recipe=recipe,
@@ -118,11 +123,12 @@ def fit(
 
 
 def check_recipe(recipe: Recipe, rows: FitData) -> None:
-    """What only the backbone can tell about a recipe; writes nothing.
+    """What only the backbone and a teacher can tell about a recipe; writes nothing.
 
     Raises:
         TrainingError: `fit` would refuse it before the first step.
     """
+    pin_teacher(recipe, rows.train.label_names)
     backbone = resolve_backbone(recipe.model.backbone)
     model = build_model(backbone, recipe.model, rows.train.label_names, recipe.loop.seed)
     load_tokenizer(backbone, model)
@@ -197,6 +203,11 @@ def _start_work(work: Path, overwrite: bool) -> ResumePoints:
 
 
 def _stages(recipe: Recipe, model: MultiExitModel, rows: FitData) -> list[Stage]:
+    if recipe.distillation.self_weight > 0 and model.config.num_exits < 2:
+        raise RecipeError(
+            f"distillation.self_weight = {recipe.distillation.self_weight}; no exit comes before "
+            f"the last of model.exit_layers = {list(model.config.exit_layers)}, allowed: 0"
+        )
     try:
         stages: list[Stage] = recipe.objective.stages(model, recipe)
     except RecipeError:
@@ -215,7 +226,7 @@ def _stages(recipe: Recipe, model: MultiExitModel, rows: FitData) -> list[Stage]
 
 def run_identity(recipe: Recipe, rows: FitData) -> dict[str, Any]:
     """What must be the same for a run to go on, ready for JSON."""
-    table = recipe.as_dict()
+    table = pin_teacher(recipe, rows.train.label_names).as_dict()
     for key in NOT_IDENTITY:
         del table["loop"][key]
     return _identity(table, rows)
@@ -223,7 +234,7 @@ def run_identity(recipe: Recipe, rows: FitData) -> dict[str, Any]:
 
 def first_stage_identity(recipe: Recipe, rows: FitData) -> dict[str, Any]:
     """What two runs must have in common for the same first stage to the bit, ready for JSON."""
-    table = recipe.as_dict()
+    table = pin_teacher(recipe, rows.train.label_names).as_dict()
     for key in NOT_IDENTITY:
         if key != "threads":
             del table["loop"][key]
@@ -234,7 +245,9 @@ def first_stage_identity(recipe: Recipe, rows: FitData) -> dict[str, Any]:
 
 def _identity(table: dict[str, Any], rows: FitData) -> dict[str, Any]:
     del table["data"]["path"]  # the rows count, not where they lie
+    del table["distillation"]["teacher"]  # likewise its weights
     return {
+        "teacher": table["distillation"].pop("teacher_sha256"),
         "recipe": table,
         "training data": rows.train.ordered_fingerprint,
         "held-out data": rows.held_out.ordered_fingerprint,
@@ -268,6 +281,8 @@ def _publish(made: Path, output: Path, work: Path) -> None:
 def _manifest(recipe: Recipe, rows: FitData, model: MultiExitModel) -> Manifest:
     table = recipe.as_dict()
     del table["data"]["path"]
+    if recipe.distillation.teacher is not None:  # its hashes say which it was, wherever it lies
+        table["distillation"]["teacher"] = Path(recipe.distillation.teacher).resolve().name
     packages = ("offramp", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
     return Manifest(
         model=model.config,

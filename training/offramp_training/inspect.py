@@ -10,6 +10,7 @@ from rich.table import Table
 
 from offramp_model.checkpoint import Checkpoint, load_checkpoint
 from offramp_model.config import MultiExitConfig
+from offramp_training.config import DistillationSection
 
 
 def inspect_checkpoint(directory: Path, console: Console) -> None:
@@ -26,7 +27,8 @@ def _print_facts(checkpoint: Checkpoint, console: Console) -> None:
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
     labels = ", ".join(model.labels[:10]) + (", ..." if model.num_labels > 10 else "")
-    data = manifest.data
+    data, recipe = manifest.data, manifest.objective.parameters
+    distilled = DistillationSection.model_validate(recipe.get("distillation", {})).in_words
     for name, value in (
         ("checkpoint", f"{checkpoint.directory.name}, weights {checkpoint.version}"),
         ("hashes", "ok: " + ", ".join(sorted(manifest.sha256))),
@@ -36,6 +38,7 @@ def _print_facts(checkpoint: Checkpoint, console: Console) -> None:
         ("heads", f"pooling {model.pooling_form}, pooler {model.pooler}, {_gates(model)}"),
         ("labels", f"{model.num_labels}: {labels}"),
         ("objective", manifest.objective.name),
+        *([("distilled from", distilled)] if distilled else []),
         ("exit policy", manifest.exit_policy),
         ("best at 2x", manifest.best_policy or "unknown: not calibrated, or none gets that far"),
         ("data", f"{data.name}: {data.train_rows} training rows, {data.held_out_rows} held out"),

@@ -182,7 +182,7 @@ class Run:
         state = self.points.load()
         if state is not None and state["identity"] != self.identity:
             changed = [
-                key for key, value in self.identity.items() if state["identity"][key] != value
+                key for key, value in self.identity.items() if state["identity"].get(key) != value
             ]
             raise OutputError(
                 f"{self.points.directory} holds an unfinished run with another "

@@ -201,6 +201,24 @@ def test_recorded_exits_check_their_shape() -> None:
         record_exits(RecordedStack(RecordedExits(torch.zeros(1, 1, 2), (1,))), [])
 
 
+def test_the_last_exit_can_be_recorded_alone() -> None:
+    asked = []
+
+    class Asked(RecordedStack):
+        def exit_head(self, exit_layer: int, hidden: PackedTokens) -> HeadOutput:
+            asked.append(exit_layer)
+            return super().exit_head(exit_layer, hidden)
+
+    logits = torch.randn(3, 5, 2)
+    stack = Asked(RecordedExits(logits, (1, 2, 4), torch.rand(3, 5)))
+    rows = [Encoding([row], [0]) for row in (3, 0, 4, 1, 2)]
+    recorded = record_exits(stack, rows, batch_size=2, last_only=True)
+    assert (recorded.exit_layers, asked) == ((4,), [4, 4, 4])
+    assert recorded.logits.equal(logits[-1:, [3, 0, 4, 1, 2]])
+    assert recorded.gate is not None
+    assert recorded.gate.shape == (1, 5)
+
+
 def test_settings_follow_the_order() -> None:
     settings = RowSettings(torch.tensor([0.1, 0.2]), torch.tensor([1, 2]), torch.tensor([3, 4]))
     swapped = settings.at(torch.tensor([1, 0]))

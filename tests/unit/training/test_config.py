@@ -25,7 +25,10 @@ def test_defaults_are_a_recipe() -> None:
 @pytest.mark.parametrize(
     ("table", "parts"),
     [
-        ({"lop": {}}, ["lop: unknown key", "allowed: model, data, objective, optimiser, loop"]),
+        (
+            {"lop": {}},
+            ["lop: unknown key", "allowed: model, data, objective, distillation, optimiser, loop"],
+        ),
         ({"loop": {"epoch": 3}}, ["loop.epoch: unknown key", "allowed: epochs, batch_size"]),
         ({"loop": {"epochs": 0}}, ["loop.epochs = 0", "from 1"]),
         (

@@ -5,7 +5,8 @@ from math import log
 import pytest
 import torch
 
-from offramp_training.objectives.joint import exit_cross_entropies, exit_weights, joint_loss
+from offramp_training.objectives.joint import exit_weights, joint_loss
+from offramp_training.objectives.row_losses import exit_cross_entropies
 
 # Two exits, two rows, two classes. Logits are logs, so that softmax gives these probabilities:
 # exit 1: row 1 right with 3/4, row 2 right with 1/2; exit 2: row 1 with 1/5, row 2 with 9/10.
@@ -34,13 +35,15 @@ def test_cross_entropies_by_exit_and_row() -> None:
     ],
 )
 def test_joint_loss(weights: str | tuple[float, ...], reduction: str, expected: float) -> None:
-    loss = joint_loss(LOGITS, LABELS, exit_weights(weights, (2, 6)), reduction)
+    losses = exit_cross_entropies(LOGITS, LABELS)
+    loss = joint_loss(losses, exit_weights(weights, (2, 6)), reduction)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_gradient_of_an_exit_scales_with_its_weight() -> None:
     logits = LOGITS.clone().requires_grad_()
-    joint_loss(logits, LABELS, exit_weights((1.0, 3.0), (1, 2)), "sum").backward()
+    losses = exit_cross_entropies(logits, LABELS)
+    joint_loss(losses, exit_weights((1.0, 3.0), (1, 2)), "sum").backward()
     probabilities = torch.softmax(LOGITS, dim=-1)
     wrong = probabilities - torch.nn.functional.one_hot(LABELS, 2)
     expected = wrong / 2 * torch.tensor([1.0, 3.0])[:, None, None]

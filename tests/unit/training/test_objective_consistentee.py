@@ -27,6 +27,7 @@ from offramp_training.objectives.reinforce import (
     sample_exits,
     sampled_cross_entropy,
 )
+from offramp_training.objectives.row_losses import exit_cross_entropies
 
 CASES = json.loads((Path(__file__).parents[2] / "oracles.json").read_text(encoding="utf-8"))
 BASELINES: tuple[Baseline, ...] = ("own_mean", "leave_one_out")
@@ -195,7 +196,8 @@ def test_stage_1_loss(case: Any) -> None:
     # Two classes, one row: these logits have exactly these cross-entropies.
     logits = torch.tensor([[[0.0, math.log(math.expm1(ce))]] for ce in losses], dtype=torch.float64)
     weights = exit_weights("depth", range(1, len(losses) + 1))
-    loss = joint_loss(logits, torch.zeros(1, dtype=torch.long), weights, "weighted")
+    row_losses = exit_cross_entropies(logits, torch.zeros(1, dtype=torch.long))
+    loss = joint_loss(row_losses, weights, "weighted")
     assert loss.item() == pytest.approx(case["expected"]["loss"], abs=1e-7)
 
 
@@ -204,7 +206,7 @@ def test_stage_1_of_equal_losses_is_that_loss(ce: float, exits: int) -> None:
     logits = torch.tensor([0.0, math.log(math.expm1(ce))], dtype=torch.float64)
     weights = exit_weights("depth", range(1, exits + 1)).double()
     labels = torch.zeros(1, dtype=torch.long)
-    loss = joint_loss(logits.expand(exits, 1, 2), labels, weights, "weighted")
+    loss = joint_loss(exit_cross_entropies(logits.expand(exits, 1, 2), labels), weights, "weighted")
     assert loss.item() == pytest.approx(ce, rel=1e-9)
 
 

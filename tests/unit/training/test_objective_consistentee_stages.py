@@ -23,8 +23,8 @@ from offramp_training.inspect import inspect_checkpoint
 from offramp_training.model import MultiExitModel, build_model
 from offramp_training.objectives import Progress, consistentee
 from offramp_training.objectives.base import Stage
-from offramp_training.objectives.joint import exit_cross_entropies
 from offramp_training.objectives.reinforce import memorised_exits
+from offramp_training.objectives.row_losses import exit_cross_entropies
 from offramp_training.objectives.row_memory import RowMemory
 
 STAGES = (

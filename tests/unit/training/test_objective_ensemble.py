@@ -27,7 +27,8 @@ from offramp_training.objectives.ensemble import (
     ensemble_loss,
     pair_cross_entropies,
 )
-from offramp_training.objectives.joint import exit_cross_entropies, joint_loss
+from offramp_training.objectives.joint import joint_loss
+from offramp_training.objectives.row_losses import exit_cross_entropies
 from offramp_training.optimiser import make_optimiser
 
 ROOT = Path(__file__).parents[3]
@@ -59,6 +60,10 @@ def draw(seed: int, exits: int = 4, rows: int = 5, classes: int = 3) -> tuple[Te
     return logits.requires_grad_(), torch.randint(classes, (rows,), generator=generator)
 
 
+def loss_of(logits: Tensor, labels: Tensor, weight: float, **options: Any) -> Tensor:
+    return ensemble_loss(logits, exit_cross_entropies(logits, labels), weight, **options)
+
+
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OBJECTIVES, "ensemble", Ensemble)
@@ -76,7 +81,7 @@ def test_loss(case: dict[str, Any], dtype: torch.dtype) -> None:
     level, drops = options.get("min_level", "batch"), options.get("drop_last", False)
     pairs = pair_cross_entropies(logits)
     found: dict[str, Any] = {
-        "total": ensemble_loss(logits, labels, weight, **options),
+        "total": loss_of(logits, labels, weight, **options),
         "accuracy_term": exit_cross_entropies(logits, labels).mean(dim=1).sum(),
         "ce": exit_cross_entropies(logits, labels).mean(dim=1),
         "probabilities": logits.softmax(dim=-1),
@@ -113,7 +118,7 @@ def test_pairs(case: dict[str, Any], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", cases("ensemble_loss_gradient"))
 def test_gradient(case: dict[str, Any], dtype: torch.dtype) -> None:
     logits, labels = given_logits(case, dtype)
-    ensemble_loss(logits, labels, case["inputs"]["lambda"], **options_of(case)).backward()
+    loss_of(logits, labels, case["inputs"]["lambda"], **options_of(case)).backward()
     expected = torch.tensor(case["expected"]["d_logits"], dtype=dtype)
     torch.testing.assert_close(logits.grad, expected, atol=case["tolerance"]["abs"], rtol=0)
 
@@ -129,8 +134,8 @@ def test_without_diversity_it_is_joint_training_bit_for_bit(
     drawn, labels = draw(seed, exits)
     one = drawn.detach().to(dtype).requires_grad_()
     two = one.detach().clone().requires_grad_()
-    total = ensemble_loss(one, labels, 0.0, min_level=level)
-    joint = joint_loss(two, labels, torch.ones(exits), "sum")
+    total = loss_of(one, labels, 0.0, min_level=level)
+    joint = joint_loss(exit_cross_entropies(two, labels), torch.ones(exits), "sum")
     assert torch.equal(total, joint)
     assert torch.equal(*torch.autograd.grad(total, one), *torch.autograd.grad(joint, two))
 
@@ -154,9 +159,7 @@ def test_detaching_changes_the_gradient_of_targets_only(seed: int, level: Any, d
     logits, labels = draw(seed, exits=2)
 
     def gradient(detach: bool) -> Tensor:
-        loss = ensemble_loss(
-            logits, labels, 0.5, min_level=level, drop_last=drop, detach_target=detach
-        )
+        loss = loss_of(logits, labels, 0.5, min_level=level, drop_last=drop, detach_target=detach)
         return torch.autograd.grad(loss, logits)[0]
 
     torch.testing.assert_close(gradient(True)[1], gradient(False)[1])
@@ -169,9 +172,9 @@ def test_the_order_of_rows_and_common_offsets_do_not_matter(seed: int, level: An
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     offset = torch.randn(*logits.shape[:2], 1, generator=generator)
-    loss = ensemble_loss(logits, labels, 0.3, min_level=level)
-    permuted = ensemble_loss(logits[:, order], labels[order], 0.3, min_level=level)
-    moved = ensemble_loss(logits + offset, labels, 0.3, min_level=level)
+    loss = loss_of(logits, labels, 0.3, min_level=level)
+    permuted = loss_of(logits[:, order], labels[order], 0.3, min_level=level)
+    moved = loss_of(logits + offset, labels, 0.3, min_level=level)
     torch.testing.assert_close(permuted, loss)
     torch.testing.assert_close(moved, loss)
 
@@ -181,7 +184,7 @@ def test_the_order_of_rows_and_common_offsets_do_not_matter(seed: int, level: An
 def test_one_exit_alone_has_no_diversity(level: Any, drop: bool) -> None:
     logits, labels = draw(0, exits=1)
     assert diversity(pair_cross_entropies(logits), level, drop_last=drop).item() == 0
-    loss = ensemble_loss(logits, labels, 1.0, min_level=level, drop_last=drop)
+    loss = loss_of(logits, labels, 1.0, min_level=level, drop_last=drop)
     loss.backward()
     assert logits.grad is not None
     assert torch.equal(loss, exit_cross_entropies(logits, labels).mean())
@@ -198,8 +201,8 @@ def test_identical_exits_have_their_entropy_as_pair(seed: int) -> None:
 @given(seed=SEEDS, weight=st.floats(0, 1), drop=st.booleans())
 def test_a_minimum_per_row_never_gives_a_smaller_loss(seed: int, weight: float, drop: bool) -> None:
     logits, labels = draw(seed)
-    row = ensemble_loss(logits, labels, weight, min_level="row", drop_last=drop)
-    batch = ensemble_loss(logits, labels, weight, min_level="batch", drop_last=drop)
+    row = loss_of(logits, labels, weight, min_level="row", drop_last=drop)
+    batch = loss_of(logits, labels, weight, min_level="batch", drop_last=drop)
     assert row >= batch - 1e-12
 
 
@@ -218,7 +221,7 @@ def test_of_two_earlier_exits_alike_the_first_takes_the_gradient(level: Any) -> 
 def test_loss_and_gradient_stay_finite(scale: float) -> None:
     drawn, labels = draw(0)
     logits = (drawn.detach() * scale).float().requires_grad_()
-    loss = ensemble_loss(logits, labels, 1.0)
+    loss = loss_of(logits, labels, 1.0)
     loss.backward()
     assert logits.grad is not None
     assert loss.isfinite()

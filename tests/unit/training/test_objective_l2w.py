@@ -20,7 +20,7 @@ from offramp_training.config import DEFAULT_BACKBONE, OptimiserSection, make_rec
 from offramp_training.errors import RecipeError
 from offramp_training.model import MultiExitModel, build_model
 from offramp_training.objectives import OBJECTIVES, Progress
-from offramp_training.objectives.joint import JointStage, exit_cross_entropies
+from offramp_training.objectives.joint import JointStage
 from offramp_training.objectives.l2w import L2W
 from offramp_training.objectives.l2w_allocation import (
     NOBODY,
@@ -49,6 +49,7 @@ from offramp_training.objectives.l2w_meta import (
     weighted_loss,
 )
 from offramp_training.objectives.l2w_stage import L2WStage, halves
+from offramp_training.objectives.row_losses import exit_cross_entropies
 from offramp_training.optimiser import lr_factor, make_optimiser
 from offramp_training.resume import load_tree, save_tree
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from offramp_training.objectives.row_losses import Distillation
+
 if TYPE_CHECKING:
     from offramp_training.batches import Batch
     from offramp_training.config import Recipe
@@ -48,6 +50,8 @@ class Stage:
         self.drop_incomplete = False  # leave out the batches with fewer rows than the batch size
         # The loop's, set before the first batch: a stage may read its state, never step it.
         self.optimiser: Any = None
+        # What the recipe's [distillation] asks for, set before the first batch; by default nothing.
+        self.distillation = Distillation()
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Named parameters this stage trains; all others stay bit-identical."""
@@ -70,6 +74,18 @@ class Stage:
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
         """Scalars to descend, `steps_per_batch` of them; the loop steps between two of them."""
         raise NotImplementedError
+
+    def row_losses(
+        self, logits: torch.Tensor, batch: Batch, last_exit: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Every row's training loss at every exit: logits [E, B, C] -> [E, B].
+
+        Cross-entropy with the labels, mixed with soft targets where the recipe distils; what is
+        descended comes from here, what measures (rewards, right or wrong) from the labels. The last
+        exit's own logits are the others' target unless `last_exit` [B, C] holds it still while
+        parameters are moved for a look ahead.
+        """
+        return self.distillation.row_losses(logits, batch, last_exit)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model: nested dicts, lists, tensors, numbers.

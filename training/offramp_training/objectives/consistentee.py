@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from offramp_training.objectives.base import Progress, Stage
-from offramp_training.objectives.joint import exit_cross_entropies, exit_weights, joint_loss
+from offramp_training.objectives.joint import exit_weights, joint_loss
 from offramp_training.objectives.reinforce import (
     Baseline,
     exit_rewards,
@@ -27,6 +27,7 @@ from offramp_training.objectives.reinforce import (
     sample_exits,
     sampled_cross_entropy,
 )
+from offramp_training.objectives.row_losses import exit_cross_entropies
 from offramp_training.objectives.row_memory import RowMemory
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class WarmUp(_Stage):
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
         weights = exit_weights("depth", self.model.config.exit_layers)
-        yield joint_loss(self.model.logits(batch), batch.labels, weights, "weighted")
+        yield joint_loss(self.row_losses(self.model.logits(batch), batch), weights, "weighted")
 
 
 class _CachedStage(_Stage):
@@ -214,11 +215,11 @@ class JointStage3(_Stage):
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
         logits, gates = self.model.logits_and_gates(batch)
-        cross_entropies = exit_cross_entropies(logits, batch.labels)
-        rewards = self.rewards(batch, cross_entropies)
+        rewards = self.rewards(batch, exit_cross_entropies(logits, batch.labels))
         exits = sample_exits(gates, self.options.trajectories)
         policy = policy_loss(gates, rewards, exits, self.options.baseline)
-        yield sampled_cross_entropy(cross_entropies, exits) + self.options.policy_weight * policy
+        losses = sampled_cross_entropy(self.row_losses(logits, batch), exits)
+        yield losses + self.options.policy_weight * policy
 
 
 class HeadsStage(_CachedStage):
@@ -235,5 +236,5 @@ class HeadsStage(_CachedStage):
         with torch.no_grad():
             gates = self.gate_logits(states)
         logits = [self.model.exits.classify(i, state) for i, state in enumerate(states)]
-        cross_entropies = exit_cross_entropies(torch.stack(logits), batch.labels)
-        yield sampled_cross_entropy(cross_entropies, sample_exits(gates, self.options.trajectories))
+        losses = self.row_losses(torch.stack(logits), batch)
+        yield sampled_cross_entropy(losses, sample_exits(gates, self.options.trajectories))

@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from offramp_model import signals as exit_signals
 from offramp_model.policies import Direction, make_policy
 from offramp_training.objectives.base import Progress, Stage
-from offramp_training.objectives.joint import exit_cross_entropies
 
 if TYPE_CHECKING:
     from offramp_training.batches import Batch
@@ -113,7 +112,7 @@ class CoseeStage(Stage):
         )
         beta = beta_at(options.beta_0, progress.step, progress.total_steps)
         loss = cosee_cross_entropy(
-            exit_cross_entropies(logits, batch.labels), folded_weights(exits, len(logits), beta)
+            self.row_losses(logits, batch), folded_weights(exits, len(logits), beta)
         )
         right = logits[:-1].argmax(dim=-1) == batch.labels
         calibration = osc_loss(

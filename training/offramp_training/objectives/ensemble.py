@@ -14,7 +14,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from offramp_training.objectives.base import Progress, Stage
-from offramp_training.objectives.joint import exit_cross_entropies
 
 if TYPE_CHECKING:
     from offramp_training.batches import Batch
@@ -66,9 +65,10 @@ class EnsembleStage(Stage):
         self.options = options
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
+        logits = self.model.logits(batch).float()
         yield ensemble_loss(
-            self.model.logits(batch).float(),
-            batch.labels,
+            logits,
+            self.row_losses(logits, batch),
             self.options.lambda_,
             min_level=self.options.min_level,
             drop_last=self.options.drop_last,
@@ -78,19 +78,19 @@ class EnsembleStage(Stage):
 
 def ensemble_loss(
     logits: torch.Tensor,
-    labels: torch.Tensor,
+    row_losses: torch.Tensor,
     weight: float,
     *,
     min_level: MinLevel = "batch",
     drop_last: bool = False,
     detach_target: bool = False,
 ) -> torch.Tensor:
-    """sum_l mean_b CE_l[b] - weight * diversity, of logits [E, B, C] and labels [B].
+    """sum_l mean_b loss_l[b] - weight * diversity, of logits [E, B, C] and losses [E, B].
 
     A sum, not a mean, over the exits: about E times the scale of a single cross-entropy. The
     diversity has no upper bound, so a large weight may well give a negative loss.
     """
-    accuracy = exit_cross_entropies(logits, labels).mean(dim=1).sum()
+    accuracy = row_losses.mean(dim=1).sum()
     pairs = pair_cross_entropies(logits, detach_target=detach_target)
     return accuracy - weight * diversity(pairs, min_level, drop_last=drop_last)
 

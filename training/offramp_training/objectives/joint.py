@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch.nn import functional
 
 from offramp_training.objectives.base import Progress, Stage
 
@@ -66,7 +65,8 @@ class JointStage(Stage):
         self.reduction = reduction
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
-        yield joint_loss(self.model.logits(batch), batch.labels, self.weights, self.reduction)
+        losses = self.row_losses(self.model.logits(batch), batch)
+        yield joint_loss(losses, self.weights, self.reduction)
 
 
 def exit_weights(weights: str | Sequence[float], exit_layers: Sequence[int]) -> torch.Tensor:
@@ -86,20 +86,10 @@ def exit_weights(weights: str | Sequence[float], exit_layers: Sequence[int]) -> 
     return torch.tensor(values)
 
 
-def exit_cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Unreduced cross-entropy of every exit: logits [E, B, C], labels [B] -> [E, B]."""
-    exits, rows, classes = logits.shape
-    flat = functional.cross_entropy(
-        logits.reshape(exits * rows, classes), labels.repeat(exits), reduction="none"
-    )
-    return flat.reshape(exits, rows)
-
-
-def joint_loss(
-    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, reduction: str
-) -> torch.Tensor:
-    """sum_l w_l * mean_b CE_l[b]; divided by sum_l w_l when reduction is "weighted"."""
-    per_exit = exit_cross_entropies(logits, labels).mean(dim=1)
+def joint_loss(row_losses: torch.Tensor, weights: torch.Tensor, reduction: str) -> torch.Tensor:
+    """sum_l w_l * mean_b loss_l[b] of losses [E, B]; divided by sum_l w_l when reduction is
+    "weighted"."""
+    per_exit = row_losses.mean(dim=1)
     weights = weights.to(per_exit)
     total = (weights * per_exit).sum()
     return total / weights.sum() if reduction == "weighted" else total

@@ -3,6 +3,9 @@ makes its step, on the other the weight network is taught (every `interval` batc
 step) to choose weights after which each exit does well on the rows that would leave there under the
 speed-up budget.
 
+What is weighed, and what the network sees, are the rows' training losses, soft targets included;
+what it is judged by is cross-entropy with the labels alone, the aim that soft targets only serve.
+
 The network needs labels, so it exists in training only: it lives here and travels in the stage's
 state. The look ahead never touches the model, its gradients, the loop's optimiser or the random
 generators; it runs without dropout and in full precision, because it lives off small differences.
@@ -26,7 +29,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from offramp_model import signals
 from offramp_training.errors import RecipeError
 from offramp_training.objectives.base import Progress, Stage
-from offramp_training.objectives.joint import exit_cross_entropies
 from offramp_training.objectives.l2w_allocation import (
     allocate,
     meta_objective,
@@ -45,6 +47,7 @@ from offramp_training.objectives.l2w_meta import (
     sgd_update,
     weighted_loss,
 )
+from offramp_training.objectives.row_losses import exit_cross_entropies
 
 if TYPE_CHECKING:
     from offramp_training.batches import Batch
@@ -154,7 +157,7 @@ class L2WStage(Stage):
     def weighted(self, train: Batch) -> torch.Tensor:
         """The loss of one half under the weights of the network as it stands."""
         logits = self.model.logits(train)
-        losses = exit_cross_entropies(logits, train.labels).T  # [n, K]
+        losses = self.row_losses(logits, train).T  # [n, K]
         with torch.no_grad():
             weights = self._weights(losses, logits, self.gather)
         return weighted_loss(losses, weights, self.options.reduction)
@@ -185,9 +188,9 @@ class L2WStage(Stage):
         with self._looking_ahead():
             parameters = {name: p.detach().requires_grad_() for name, p in self.moved.items()}
             logits = self._logits(parameters, train)
-            losses = exit_cross_entropies(logits, train.labels).T
+            losses = self.row_losses(logits, train).T
             weights = self._weights(losses, logits)
-            ahead = self._look_ahead(parameters, losses, weights.detach(), train, meta, counts)
+            ahead = self._look_ahead(parameters, logits, losses, weights, train, meta, counts)
         # Adam ignores a common factor but its weight decay does not: without the step's rate and
         # the mean over rows the gradient would drown in the decay.
         self.meta_optimiser.zero_grad()
@@ -198,17 +201,19 @@ class L2WStage(Stage):
     def _look_ahead(
         self,
         parameters: Parameters,
+        logits: torch.Tensor,
         losses: torch.Tensor,
         weights: torch.Tensor,
         train: Batch,
         meta: Batch,
         counts: list[int],
     ) -> MetaGradient:
-        options = self.options
+        options, last_exit = self.options, logits[-1].detach()
         sureness = SURENESS[options.allocation_signal]
 
         def train_losses(moved: Parameters) -> torch.Tensor:
-            return exit_cross_entropies(self._logits(moved, train), train.labels).T
+            # A target of self-distillation is a constant of the step, and so of its derivative.
+            return self.row_losses(self._logits(moved, train), train, last_exit).T
 
         def meta_loss(updated: Parameters) -> torch.Tensor:
             logits = self._logits(updated, meta)
@@ -226,7 +231,7 @@ class L2WStage(Stage):
             options.derivative,
             parameters,
             losses,
-            weights,
+            weights.detach(),
             rule=clipped(rule, self.clip_norm),
             train_losses=train_losses,
             meta_loss=meta_loss,

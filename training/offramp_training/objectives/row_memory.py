@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offramp_training.objectives.joint import exit_cross_entropies
 from offramp_training.objectives.reinforce import memorised_exits
+from offramp_training.objectives.row_losses import exit_cross_entropies
 
 if TYPE_CHECKING:
     from offramp_training.batches import Batch

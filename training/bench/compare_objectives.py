@@ -40,6 +40,7 @@ from offramp_training.fit import choose_rows, fit, is_finished
 from offramp_training.statistics import accuracy_at, area
 
 HERE = Path(__file__).parent
+TEACHER = "distillation.teacher"
 SPEEDUPS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 Settings = dict[str, Any]
 
@@ -60,10 +61,17 @@ class Run:
     def name(self) -> str:
         return f"{self.data_set}/{self.objective}-{self.configuration}-s{self.seed}"
 
-    def recipe(self) -> Recipe:
+    @property
+    def teacher(self) -> list[Any] | None:
+        """The run that is this one's teacher, where it has one: as `Protocol.run` names it."""
+        found: list[Any] | None = self.settings.get(TEACHER)
+        return found
+
+    def recipe(self, teacher: Path | None = None) -> Recipe:
+        """With the directory of its teacher, where it has one."""
         table: dict[str, Any] = {}
         for key, value in self.settings.items():
-            set_value(table, key, value)
+            set_value(table, key, str(teacher) if key == TEACHER else value)
         return make_recipe(table)
 
 
@@ -227,14 +235,9 @@ def run_one(arguments: argparse.Namespace) -> None:
     """Trains unless that is done, measures, writes the JSON."""
     protocol, results = Protocol(HERE / "objectives.toml"), Results(arguments.results)
     run = protocol.run(*json.loads(arguments.run))
-    recipe, data = run.recipe(), arguments.data / run.data
-    output = arguments.work / run.name
-    started = time.monotonic()
-    if not is_finished(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        fit(recipe, output, data=str(data), first_stage=first_stage(arguments.work, run))
-    trained = time.monotonic()
-    checkpoint = load_checkpoint(output)
+    data, started = arguments.data / run.data, time.monotonic()
+    recipe, output = train(protocol, run, arguments)
+    trained, checkpoint = time.monotonic(), load_checkpoint(output)
     held_out, reported = choose_rows(recipe, str(data)).held_out, load_split(str(data), run.report)
     policy = checkpoint.manifest.best_policy or checkpoint.manifest.exit_policy
     results.write(
@@ -252,14 +255,24 @@ def run_one(arguments: argparse.Namespace) -> None:
     )
 
 
+def train(protocol: Protocol, run: Run, arguments: argparse.Namespace) -> tuple[Recipe, Path]:
+    """Its recipe and its checkpoint, which is made if it is not there, and its teacher before it."""
+    output, teacher = arguments.work / run.name, None
+    if run.teacher is not None:
+        _, teacher = train(protocol, protocol.run(*run.teacher), arguments)
+    recipe = run.recipe(teacher)
+    if not is_finished(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shared = first_stage(arguments.work, run)
+        fit(recipe, output, data=str(arguments.data / run.data), first_stage=shared)
+    return recipe, output
+
+
 def first_stage(work: Path, run: Run) -> FirstStage:
     """Runs that differ in nothing that their first stage knows train it once: one alpha's is all
     alphas'."""
-    known = {
-        key: value
-        for key, value in run.settings.items()
-        if key.removeprefix("objective.") not in run.recipe().objective.not_in_first_stage
-    }
+    ignored = [f"objective.{key}" for key in run.recipe(Path("any")).objective.not_in_first_stage]
+    known = {key: value for key, value in run.settings.items() if key not in ignored}
     name = hashlib.sha256(json.dumps([run.data_set, known], sort_keys=True).encode()).hexdigest()
     return FirstStage(work / "first-stages" / name[:16], run.name)
 

@@ -37,8 +37,11 @@ def test_every_run_of_the_protocol_is_a_recipe(protocol: Any) -> None:
         for name in names:
             for seed in protocol.seeds(data_set):
                 run = protocol.run(data_set, objective, name, seed)
-                asked.add(run.recipe().objective.name)
-                assert run.recipe().loop.seed == seed
+                recipe = run.recipe(Path("teacher"))
+                asked.add(recipe.objective.name)
+                assert recipe.loop.seed == seed
+                if run.teacher is not None:
+                    assert protocol.run(*run.teacher).data == run.data
     assert asked == set(OBJECTIVES)
 
 

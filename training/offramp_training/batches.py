@@ -33,6 +33,16 @@ class Batch:
     def __len__(self) -> int:
         return int(self.labels.shape[0])
 
+    def take(self, places: torch.Tensor | slice) -> Batch:
+        """The rows at `places`, padded as they are."""
+        return Batch(
+            self.ids[places],
+            self.input_ids[places],
+            self.attention_mask[places],
+            self.token_type_ids[places],
+            self.labels[places],
+        )
+
     def to(self, device: torch.device) -> Batch:
         return Batch(
             self.ids.to(device),

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from offramp_training.processes import ALONE, Processes
+
 if TYPE_CHECKING:
     from offramp_training.batches import Batch
     from offramp_training.config import Recipe
@@ -48,6 +50,8 @@ class Stage:
         self.drop_incomplete = False  # leave out the batches with fewer rows than the batch size
         # The loop's, set before the first batch: a stage may read its state, never step it.
         self.optimiser: Any = None
+        # Likewise: those that train together.
+        self.processes: Processes = ALONE
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Named parameters this stage trains; all others stay bit-identical."""
@@ -68,7 +72,11 @@ class Stage:
         """Before the first batch of an epoch. Not called when resuming inside it."""
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
-        """Scalars to descend, `steps_per_batch` of them; the loop steps between two of them."""
+        """Scalars to descend, `steps_per_batch` of them; the loop steps between two of them.
+
+        The batch is that of all processes; a loss is to be the mean over the rows of
+        `self.processes.share(batch)`, and statistics over rows are to be reduced.
+        """
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class JointStage(Stage):
         self.reduction = reduction
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
+        batch = self.processes.share(batch)
         yield joint_loss(self.model.logits(batch), batch.labels, self.weights, self.reduction)
 
 

@@ -256,7 +256,7 @@ def run_one(arguments: argparse.Namespace) -> None:
 
 
 def train(protocol: Protocol, run: Run, arguments: argparse.Namespace) -> tuple[Recipe, Path]:
-    """Its recipe and its checkpoint, which is made if it is not there, and its teacher before it."""
+    """Its recipe and its checkpoint, made if it is not there, and its teacher before it."""
     output, teacher = arguments.work / run.name, None
     if run.teacher is not None:
         _, teacher = train(protocol, protocol.run(*run.teacher), arguments)

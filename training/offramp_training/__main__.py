@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 # Idle OpenMP threads spin for microseconds and then sleep. Spinning on, libgomp's default, makes a
 # step several times slower as soon as anything else runs beside; sleeping at once costs a fifth
@@ -25,6 +25,7 @@ from offramp_training.config import make_recipe, read_recipe, read_table
 from offramp_training.data import Columns, Dataset, load_split
 from offramp_training.errors import DataError, OutputError, RecipeError, SweepError, TrainingError
 from offramp_training.objectives import OBJECTIVES
+from offramp_training.processes import first_on_machine, launched, leave
 
 SPLITS = ("train", "validation", "test", "held_out")
 
@@ -32,16 +33,20 @@ SPLITS = ("train", "validation", "test", "held_out")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
+        if options.run is not _fit and launched() > 1:
+            raise TrainingError(
+                f"{launched()} processes: allowed for fit only; start this without a launcher"
+            )
         options.run(options)
     except (TrainingError, CheckpointError) as error:
-        print(f"offramp-train: {error}", file=sys.stderr)
+        _say(f"offramp-train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         goes_on = {
             _fit: "; the same command without --overwrite goes on from there",
             _sweep: "; the same command goes on from there",
         }
-        print(f"offramp-train: interrupted{goes_on.get(options.run, '')}", file=sys.stderr)
+        _say(f"offramp-train: interrupted{goes_on.get(options.run, '')}", file=sys.stderr)
         return 130
     return 0
 
@@ -60,7 +65,14 @@ def _fit(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         calibrate=options.calibrate,
     )
-    print(f"checkpoint: {output}")
+    _say(f"checkpoint: {output}")
+    leave()
+
+
+def _say(line: str, file: TextIO | None = None) -> None:
+    """Once, where several processes share a terminal."""
+    if first_on_machine():
+        print(line, file=file)
 
 
 def _sweep(options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from offramp_model.rows import Encoding
 from offramp_model.tokenizer import TextTokenizer
+from offramp_training import seeds
 from offramp_training.data import Dataset
 
 BUCKET_BATCHES = 50  # rows are sorted by length inside runs of this many batches
@@ -32,6 +33,16 @@ class Batch:
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
+
+    def take(self, places: torch.Tensor | slice) -> Batch:
+        """The rows at `places`, padded as they are."""
+        return Batch(
+            self.ids[places],
+            self.input_ids[places],
+            self.attention_mask[places],
+            self.token_type_ids[places],
+            self.labels[places],
+        )
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
@@ -103,7 +114,7 @@ def bucketed_order(
     Shuffle, sort by length inside runs of some batches, cut, shuffle the batches. With
     `batch_tokens`, a batch is cut where its padded size would pass that; a longer row goes alone.
     """
-    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    generator = seeds.generator(seed, "row order", epoch)
     shuffled = torch.randperm(len(lengths), generator=generator).tolist()
     run = batch_size * BUCKET_BATCHES
     if batch_tokens is not None:

@@ -2,7 +2,8 @@
 
 Wiring only. Every check that can fail does so before the first step. All that it writes lies in
 `<output>.fit` beside the output (resume points, TensorBoard, at last the checkpoint); the output
-directory appears whole, when all is done. Knows nothing about losses or steps.
+directory appears whole, when all is done. Of several processes, each prepares and trains; the main
+one alone writes, calibrates and evaluates. Knows nothing about losses or steps.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from offramp_training.data import (
 from offramp_training.errors import DataError, OutputError, RecipeError
 from offramp_training.evaluate import evaluate_checkpoint, store_report
 from offramp_training.first_stage import FirstStage
-from offramp_training.loop import Run, make_accelerator, train
+from offramp_training.loop import Run, make_accelerator, make_processes, prepare_model, train
 from offramp_training.model import (
     MultiExitModel,
     build_model,
@@ -82,24 +83,31 @@ def fit(
     `first_stage` is where runs with the same `first_stage_identity` leave the end of that stage for
     each other; the result is the same without it.
     """
-    work = _check_output(output, overwrite)
-    if recipe.loop.threads is not None:
-        torch.set_num_threads(recipe.loop.threads)
-    rows = choose_rows(recipe, data)
-    recipe = pin_teacher(recipe, rows.train.label_names)
-    backbone = resolve_backbone(recipe.model.backbone)
-    model = build_model(backbone, recipe.model, rows.train.label_names, recipe.loop.seed)
-    tokenizer = load_tokenizer(backbone, model)
-    stages = _stages(recipe, model, rows)
     accelerator = make_accelerator(recipe.loop)
-    points = _start_work(work, overwrite)
-    save_tokenizer(tokenizer, backbone, work / "tokenizer")
+    processes = make_processes(accelerator)
+    with processes.agreeing():
+        work = _check_output(output, overwrite)
+        if recipe.loop.threads is not None:
+            torch.set_num_threads(recipe.loop.threads)
+        rows = choose_rows(recipe, data)
+        recipe = pin_teacher(recipe, rows.train.label_names)
+        backbone = resolve_backbone(recipe.model.backbone)
+        model = build_model(backbone, recipe.model, rows.train.label_names, recipe.loop.seed)
+        tokenizer = load_tokenizer(backbone, model)
+        stages = _stages(recipe, model, rows)
+    points = ResumePoints(work / "resume")
+    with processes.agreeing():
+        if processes.is_main:
+            _start_work(work, points, overwrite)
+            save_tokenizer(tokenizer, backbone, work / "tokenizer")
     text_tokenizer = TextTokenizer(work / "tokenizer" / "tokenizer.json", recipe.model.max_length)
-    model = accelerator.prepare_model(model)
-    distillation = make_distillation(recipe.distillation, rows.train, model.device)
+    model = prepare_model(accelerator, model)
+    distillation = make_distillation(recipe.distillation, rows.train, model.device, processes)
     for stage in stages:
         stage.distillation = distillation
-    with Reporter(work / "tensorboard") as reporter:
+    if not processes.is_main:  # all were seeded alike, and would all drop the same units
+        torch.manual_seed(recipe.loop.seed + processes.rank)
+    with Reporter(work / "tensorboard", silent=not processes.is_main) as reporter:
         run = Run(
             recipe=recipe,
             model=model,
@@ -108,17 +116,20 @@ def fit(
             held_out=EncodedRows.of(rows.held_out, text_tokenizer, model.pad_id),
             points=points,
             reporter=reporter,
-            identity=run_identity(recipe, rows),
+            identity=run_identity(recipe, rows) | {"number of processes": processes.count},
             accelerator=accelerator,
+            processes=processes,
             first_stage=first_stage,
         )
         train(run)
-    made = _write(recipe, rows, model, work)
-    if calibrate:
-        checkpoint = calibrate_checkpoint(load_checkpoint(made), rows.held_out)
-        report = evaluate_checkpoint(checkpoint, rows.report)
-        store_report(checkpoint, report, rows.report.split)
-    _publish(made, output, work)
+    with processes.agreeing():
+        if processes.is_main:
+            made = _write(recipe, rows, model, work)
+            if calibrate:
+                checkpoint = calibrate_checkpoint(load_checkpoint(made), rows.held_out)
+                report = evaluate_checkpoint(checkpoint, rows.report)
+                store_report(checkpoint, report, rows.report.split)
+            _publish(made, output, work)
     return output
 
 
@@ -190,16 +201,14 @@ def _check_output(output: Path, overwrite: bool) -> Path:
     return work
 
 
-def _start_work(work: Path, overwrite: bool) -> ResumePoints:
-    """The resume points to go on from, if any; all else that an earlier run left is cleared."""
-    points = ResumePoints(work / "resume")
+def _start_work(work: Path, points: ResumePoints, overwrite: bool) -> None:
+    """Clears all that an earlier run left, but what it is to go on from."""
     if overwrite or not points:
         shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{work}: {error.strerror}") from None
-    return points
 
 
 def _stages(recipe: Recipe, model: MultiExitModel, rows: FitData) -> list[Stage]:

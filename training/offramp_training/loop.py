@@ -2,7 +2,8 @@
 
 Everything that decides the next bit is in the model, the stage, the optimiser, `Position`, `Best`
 and torch's generators, and all of it is in a resume point: a killed run goes on as if it had not
-been. Knows no objective by name, no file format and no exit policy.
+been. Several processes run the nest in step, each with the same state but for torch's generators.
+Knows no objective by name, no file format and no exit policy.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from offramp_training.first_stage import FirstStage
 from offramp_training.model import MultiExitModel
 from offramp_training.objectives import Progress, Stage
 from offramp_training.optimiser import lr_factor, make_optimiser, set_lr
+from offramp_training.processes import ALONE, Group, Processes, launched
 from offramp_training.progress import Reporter
 from offramp_training.resume import ResumePoints, rng_state, set_rng_state
 
@@ -88,6 +90,7 @@ class Run:
     train_rows: EncodedRows
     held_out: EncodedRows
     accelerator: Accelerator
+    processes: Processes
     points: ResumePoints
     reporter: Reporter
     identity: dict[str, Any]  # what must be the same for a resumed run to be the same run
@@ -140,17 +143,25 @@ class Run:
         lr = set_lr(self.optimiser, factor)
         return Progress(position.epoch, position.stage_steps, self.total_steps, lr)
 
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for group in self.optimiser.param_groups for p in group["params"]]
+
+    def backward(self, loss: torch.Tensor, rows: int) -> None:
+        """Gradients of the loss over the `rows` of a batch, of which this process has a share."""
+        mine = self.processes.weigh(loss, rows)
+        self.accelerator.backward(mine)
+        self.loss = float(self.processes.sum_gradients(self.parameters, mine))
+
     def clip(self) -> None:
         self.accelerator.unscale_gradients(self.optimiser)
-        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimiser.clip_norm)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimiser.clip_norm)
 
-    def step(self, loss: torch.Tensor) -> None:
+    def step(self) -> None:
         self.optimiser.step()
         # Every parameter's gradient, not only this optimiser's: a stage may train a part.
         self.model.zero_grad(set_to_none=True)
         self.position.after_step()
-        self.loss = float(loss.detach())
 
     # ---- stopping -----------------------------------------------------------------------------
 
@@ -160,8 +171,9 @@ class Run:
 
     @property
     def out_of_time(self) -> bool:
+        """By the main process's clock: all processes stop at the same batch. All have to ask."""
         limit = self.recipe.loop.max_minutes
-        return limit is not None and self.seconds >= limit * 60
+        return limit is not None and self.processes.mains(self.seconds >= limit * 60)
 
     @property
     def out_of_patience(self) -> bool:
@@ -179,7 +191,21 @@ class Run:
 
     def restore(self) -> bool:
         """Takes up the newest resume point, if there is one. The optimiser waits for its stage."""
-        state = self.points.load()
+        with self.processes.agreeing():
+            state = self._point() if self.processes.is_main else None
+        state = self.processes.mains(state)
+        if state is None:
+            return False
+        self.model.load_state_dict(state["model"])
+        self.position = Position(**state["position"])
+        self.best = Best(**state["best"])
+        self._restored = state
+        if self.first_stage is not None and self.position.first_stage_of is not None:
+            self.first_stage.trained_by = self.position.first_stage_of
+        return True
+
+    def _point(self) -> dict[str, Any] | None:
+        state: dict[str, Any] | None = self.points.load()
         if state is not None and state["identity"] != self.identity:
             changed = [
                 key for key, value in self.identity.items() if state["identity"].get(key) != value
@@ -190,15 +216,7 @@ class Run:
             )
         if state is None or state["position"]["stage"] == 0:
             state = self._shared_first_stage() or state
-        if state is None:
-            return False
-        self.model.load_state_dict(state["model"])
-        self.position = Position(**state["position"])
-        self.best = Best(**state["best"])
-        self._restored = state
-        if self.first_stage is not None and self.position.first_stage_of is not None:
-            self.first_stage.trained_by = self.position.first_stage_of
-        return True
+        return state
 
     def _shared_first_stage(self) -> dict[str, Any] | None:
         """The end of the first stage as another run left it, with its seconds: time is up when it
@@ -214,9 +232,12 @@ class Run:
         return {**state, "position": {**state["position"], "first_stage_of": run}}
 
     def save_point(self) -> None:
-        self.points.save(self._state())
+        state = self._state()
+        if self.processes.is_main:
+            self.points.save(state)
 
     def _state(self) -> dict[str, Any]:
+        """Of all processes, which all have to ask: generators differ, everything else is alike."""
         self.position.seconds, self._clock = self.seconds, time.monotonic()
         stage_left = self.position.stage < len(self.stages)
         scaler = self.accelerator.scaler
@@ -228,14 +249,14 @@ class Run:
             "stage": self.stages[self.position.stage].state_dict() if stage_left else {},
             "optimiser": self.optimiser.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
-            "rng": rng_state(),
+            "rng": self.processes.everyones(rng_state()),
         }
 
     def _start_stage(self, stage: Stage) -> None:
         self.optimiser = self.accelerator.prepare_optimizer(
             make_optimiser(stage, self.recipe.optimiser)
         )
-        stage.optimiser = self.optimiser
+        stage.optimiser, stage.processes = self.optimiser, self.processes
         batches = sum(len(self._order(stage, epoch)) for epoch in range(stage.epochs))
         self.total_steps = batches * stage.steps_per_batch
         restored, self._restored = self._restored, None
@@ -247,7 +268,7 @@ class Run:
                 self.optimiser.load_state_dict(restored["optimiser"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(restored["scaler"])
-            set_rng_state(restored["rng"])
+            set_rng_state(restored["rng"][self.processes.rank])
         prepare = stage.rebuild if self.position.stage_batches else stage.prepare
         prepare(lambda: self.train_rows.in_order(EVALUATION_BATCH))
         for line in stage.report():
@@ -268,7 +289,9 @@ class Run:
         # One that time cut short is nobody else's: how far it got is this machine's, this hour's.
         if self.first_stage is not None and self.position.stage == 1 and not self.out_of_time:
             # The next stage makes an optimiser of its own.
-            self.first_stage.keep({**self._state(), "optimiser": {}})
+            state = {**self._state(), "optimiser": {}}
+            if self.processes.is_main:
+                self.first_stage.keep(state)
         self.save_point()
 
     def _order(self, stage: Stage, epoch: int) -> list[list[int]]:
@@ -304,7 +327,7 @@ class Run:
         """Accuracy of every exit on held-out rows, unless it is known for these weights."""
         if self.best.evaluated_at == self.position.steps:
             return
-        accuracies = exit_accuracies(self.model, self.held_out)
+        accuracies = exit_accuracies(self.model, self.held_out, self.processes)
         self.reporter.validation(self.position.steps, self.model.config.exit_layers, accuracies)
         self.best.see(sum(accuracies) / len(accuracies), self.model, self.position.steps)
 
@@ -318,36 +341,51 @@ def train(run: Run) -> MultiExitModel:
             for batch in run.batches_left(stage, epoch):
                 for loss in stage.losses(batch, run.progress()):
                     run.progress()
-                    run.accelerator.backward(loss)
+                    run.backward(loss, rows=len(batch))
                     run.clip()
-                    run.step(loss)
+                    run.step()
     return run.model
 
 
 @torch.no_grad()
-def exit_accuracies(model: MultiExitModel, rows: EncodedRows) -> list[float]:
-    """Accuracy of each exit over the rows; leaves the model in the mode it was in."""
+def exit_accuracies(
+    model: MultiExitModel, rows: EncodedRows, processes: Processes = ALONE
+) -> list[float]:
+    """Accuracy of each exit over the rows; leaves the model in the mode it was in.
+
+    Processes take turns with the batches, and all find the same.
+    """
     was_training = model.training
     model.eval()
-    right = torch.zeros(model.config.num_exits, dtype=torch.long)
+    right = torch.zeros(model.config.num_exits, dtype=torch.long, device=model.device)
     by_length = sorted(range(len(rows)), key=rows.lengths.__getitem__)
-    for start in range(0, len(by_length), EVALUATION_BATCH):
+    first, step = processes.rank * EVALUATION_BATCH, processes.count * EVALUATION_BATCH
+    for start in range(first, len(by_length), step):
         batch = rows.batch(by_length[start : start + EVALUATION_BATCH]).to(model.device)
         predicted = model.logits(batch).argmax(dim=-1)
-        right += (predicted == batch.labels).sum(dim=1).cpu()
+        right += (predicted == batch.labels).sum(dim=1)
     model.train(was_training)
-    return [int(count) / len(rows) for count in right]
+    return [count / len(rows) for count in processes.reduce(right, "sum").tolist()]
 
 
 def make_accelerator(section: LoopSection) -> Accelerator:
-    """Accelerate for one process, with the precision that the recipe asks for."""
+    """Accelerate with the precision that the recipe asks for, in one process or as launched."""
     if section.precision == "fp16" and not torch.cuda.is_available():
         raise RecipeError("loop.precision = 'fp16' needs a CUDA device; allowed here: no, bf16")
     # Accelerate keeps its settings per process; a second run may want another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(mixed_precision=section.precision)
-    if accelerator.num_processes > 1:
-        raise RecipeError(
-            f"{accelerator.num_processes} processes: fit runs in one; start it without a launcher"
-        )
-    return accelerator
+    # Without being told so, Accelerate takes processes that have no GPU for one process each.
+    on_cpu = launched() > 1 and not torch.cuda.is_available()
+    return Accelerator(mixed_precision=section.precision, cpu=on_cpu)
+
+
+def prepare_model(accelerator: Accelerator, model: MultiExitModel) -> MultiExitModel:
+    """On its device, in the accelerator's precision. As for evaluation, that is without a wrapper
+    that averages gradients: stages call more of a model than its `forward`."""
+    prepared: MultiExitModel = accelerator.prepare_model(model, evaluation_mode=True)
+    return prepared
+
+
+def make_processes(accelerator: Accelerator) -> Processes:
+    """Those that were launched. All are to call this."""
+    return Group() if accelerator.num_processes > 1 else ALONE

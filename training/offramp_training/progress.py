@@ -22,11 +22,18 @@ RATE_OVER_BATCHES = 50
 
 
 class Reporter:
-    """Progress of one `fit`; a context manager, which closes the bar and the event file."""
+    """Progress of one `fit`; a context manager, which closes the bar and the event file.
 
-    def __init__(self, tensorboard: Path, *, console: Console | None = None) -> None:
+    `silent`: nothing is shown and nothing written, for a process that another one speaks for.
+    """
+
+    def __init__(
+        self, tensorboard: Path, *, console: Console | None = None, silent: bool = False
+    ) -> None:
+        if silent:
+            console = Console(quiet=True, force_terminal=False)
         self.console = console or Console(file=sys.stderr)
-        self._events = _summary_writer(tensorboard)
+        self._events = None if silent else _summary_writer(tensorboard)
         self._bar: Progress | None = None
         self._task: Any = None
         self._recent: deque[tuple[float, int, float]] = deque(maxlen=RATE_OVER_BATCHES)
@@ -37,7 +44,8 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self._stop_bar()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -64,8 +72,8 @@ class Reporter:
         """After each batch: `done` batches of this stage, `step` optimiser steps of the run."""
         now = time.monotonic()
         self._recent.append((now, rows, loss))
-        self._events.add_scalar("train/loss", loss, step)
-        self._events.add_scalar("train/lr", lr, step)
+        self._event("train/loss", loss, step)
+        self._event("train/lr", lr, step)
         numbers = self._numbers(done)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, numbers=numbers)
@@ -78,10 +86,14 @@ class Reporter:
     ) -> None:
         mean = sum(accuracies) / len(accuracies)
         for layer, accuracy in zip(exit_layers, accuracies, strict=True):
-            self._events.add_scalar(f"held_out/accuracy_layer_{layer}", accuracy, step)
-        self._events.add_scalar("held_out/accuracy_mean", mean, step)
+            self._event(f"held_out/accuracy_layer_{layer}", accuracy, step)
+        self._event("held_out/accuracy_mean", mean, step)
         shown = "  ".join(f"{accuracy:.4f}" for accuracy in accuracies)
         self.say(f"step {step}: held-out accuracy by exit {shown}  mean {mean:.4f}")
+
+    def _event(self, name: str, value: float, step: int) -> None:
+        if self._events is not None:
+            self._events.add_scalar(name, value, step)
 
     def _numbers(self, done: int) -> str:
         """Loss, rate and time left over the last batches."""

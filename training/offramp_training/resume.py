@@ -75,16 +75,17 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def rng_state() -> dict[str, Any]:
-    """torch's random generators, CPU and every CUDA device, as byte tensors."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": list(cuda)}
+    """torch's random generators, of the CPU and of the device that this process runs on, as byte
+    tensors."""
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Undo of `rng_state`."""
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 class ResumePoints:

@@ -17,6 +17,7 @@ from offramp_training.config import DistillationSection, Recipe
 from offramp_training.data import Dataset
 from offramp_training.errors import RecipeError
 from offramp_training.objectives.row_losses import Distillation, RowLogits
+from offramp_training.processes import ALONE, Processes
 from offramp_training.progress import rows_bar
 
 
@@ -34,13 +35,19 @@ def pin_teacher(recipe: Recipe, labels: tuple[str, ...]) -> Recipe:
 
 
 def make_distillation(
-    section: DistillationSection, rows: Dataset, device: torch.device
+    section: DistillationSection, rows: Dataset, device: torch.device, processes: Processes = ALONE
 ) -> Distillation:
-    """What a run's stages share; runs the teacher, if there is one, over all of `rows`."""
-    teacher = None
+    """What a run's stages share; the main process runs the teacher, if there is one, over all of
+    `rows`."""
+    teacher, logits = None, None
     if section.teacher is not None:
-        checkpoint = _open(section, section.teacher, rows.label_names)
-        teacher = RowLogits([row.id for row in rows.rows], last_exit(checkpoint, rows, device))
+        with processes.agreeing():
+            if processes.is_main:
+                checkpoint = _open(section, section.teacher, rows.label_names)
+                logits = last_exit(checkpoint, rows, device)
+        logits = processes.mains(logits)
+    if logits is not None:
+        teacher = RowLogits([row.id for row in rows.rows], logits)
     return Distillation(section.self_weight, section.teacher_weight, section.temperature, teacher)
 
 

@@ -13,11 +13,12 @@ from offramp_training.batches import Batch, EncodedRows
 from offramp_training.config import OptimiserSection, Recipe, make_recipe
 from offramp_training.data import load_splits
 from offramp_training.errors import RecipeError
-from offramp_training.loop import Run, exit_accuracies, make_accelerator, train
+from offramp_training.loop import Run, exit_accuracies, make_accelerator, prepare_model, train
 from offramp_training.model import MultiExitModel, build_model
 from offramp_training.objectives import Progress, Stage
 from offramp_training.objectives.joint import joint_loss
 from offramp_training.optimiser import lr_factor
+from offramp_training.processes import ALONE, Processes
 from offramp_training.progress import Reporter
 from offramp_training.resume import ResumePoints
 
@@ -132,11 +133,12 @@ def make_run(
         reporters.append(Reporter(tmp_path / "tensorboard"))
         return Run(
             recipe=recipe,
-            model=make_accelerator(recipe.loop).prepare_model(model),
+            model=prepare_model(make_accelerator(recipe.loop), model),
             stages=stages(model, recipe),
             train_rows=EncodedRows.of(splits["train"], tokenizer, model.pad_id),
             held_out=EncodedRows.of(splits["validation"], tokenizer, model.pad_id),
             accelerator=make_accelerator(recipe.loop),
+            processes=ALONE,
             points=ResumePoints(tmp_path / points),
             reporter=reporters[-1],
             identity={"recipe": "this"},
@@ -184,8 +186,8 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, dict[str, to
     """Mean accuracy and weights of every evaluation on held-out rows."""
     seen: list[tuple[float, dict[str, torch.Tensor]]] = []
 
-    def spy(model: MultiExitModel, rows: EncodedRows) -> list[float]:
-        accuracies = exit_accuracies(model, rows)
+    def spy(model: MultiExitModel, rows: EncodedRows, processes: Processes) -> list[float]:
+        accuracies = exit_accuracies(model, rows, processes)
         weights = {name: value.clone() for name, value in model.state_dict().items()}
         seen.append((sum(accuracies) / len(accuracies), weights))
         return accuracies

@@ -294,12 +294,12 @@ def test_the_gradient_of_a_trajectory_by_gate() -> None:
 def test_draws_follow_the_gates() -> None:
     torch.manual_seed(0)
     gates = torch.logit(torch.tensor([[0.2, 1.0, 0.0], [0.5, 0.3, 0.0]]))
-    exits = sample_exits(gates, 40_000)
+    exits = sample_exits(gates, torch.rand(40_000, *gates.shape))
     assert exits.shape == (40_000, 3)
     shares = torch.stack([(exits == index).double().mean(dim=0) for index in range(3)])
     expected = torch.tensor([[0.2, 1.0, 0.0], [0.4, 0.0, 0.0], [0.4, 0.0, 1.0]]).double()
     torch.testing.assert_close(shares, expected, atol=0.01, rtol=0)
-    assert sample_exits(torch.full((2, 1), torch.nan), 3).eq(2).all()
+    assert sample_exits(torch.full((2, 1), torch.nan), torch.rand(3, 2, 1)).eq(2).all()
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
@@ -309,7 +309,7 @@ def test_many_sampled_gradients_tend_to_the_exact_one(baseline: Baseline) -> Non
     gates = torch.tensor([0.3, -0.8], dtype=torch.float64)
     rewards = torch.tensor([-0.9, -0.2, -0.4], dtype=torch.float64)
     many = gates[:, None].repeat(1, copies).requires_grad_()
-    exits = sample_exits(many, trajectories)
+    exits = sample_exits(many, torch.rand(trajectories, *many.shape))
     loss = policy_loss(many, rewards[:, None].expand(-1, copies), exits, baseline)
     (gradient,) = torch.autograd.grad(loss, many)
     one = gates[:, None].requires_grad_()

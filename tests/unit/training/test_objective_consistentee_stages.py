@@ -205,7 +205,9 @@ def test_gradients_go_where_the_page_says(
         assert moved(model) == expected, stage.name
     # Everybody leaves at exit 2: the other heads are not scored, and nothing speaks for a gate.
     monkeypatch.setattr(
-        consistentee, "sample_exits", lambda gates, count: torch.ones(count, 32, dtype=torch.long)
+        consistentee,
+        "sample_exits",
+        lambda gates, draws: torch.ones(len(draws), 32, dtype=torch.long),
     )
     model.zero_grad()
     loss_of(joint, batch).backward()

@@ -21,6 +21,7 @@ from offramp_model.policies import make_policy
 from offramp_model.recorded import RecordedExits, replay
 from offramp_model.speed import count_exits, speedup_ratio
 from offramp_model.tokenizer import TextTokenizer
+from offramp_training import seeds
 from offramp_training.batches import EncodedRows
 from offramp_training.config import DEFAULT_BACKBONE, make_recipe, read_recipe
 from offramp_training.data import load_splits
@@ -432,38 +433,6 @@ def test_osc_sees_neither_order_nor_level(seed: int, direction: Any, norm: Any) 
     torch.testing.assert_close(osc_loss(signals + level, right, 0.3, direction, norm), loss)
 
 
-def test_statistics_can_be_those_of_several_processes() -> None:
-    """Two halves of a batch, each told of the other's sums, are the batch: value and gradient."""
-    generator = torch.Generator().manual_seed(5)
-    whole = torch.rand(3, 8, generator=generator, dtype=torch.float64).requires_grad_()
-    right = torch.rand(3, 8, generator=generator) < 0.5
-    expected = osc_loss(whole, right, 0.3, "below")
-    halves = [whole.detach()[:, :4].clone(), whole.detach()[:, 4:].clone()]
-    halves = [half.requires_grad_() for half in halves]
-    told: list[Tensor] = []
-
-    def tell(values: Tensor, how: str) -> Tensor:
-        assert how == "sum"
-        told.append(values)
-        return values
-
-    for half, its_right in zip(halves, right.split(4, dim=1), strict=True):
-        osc_loss(half, its_right, 0.3, "below", reduce=tell)
-    loss = osc_loss(halves[0], right[:, :4], 0.3, "below", reduce=lambda *_: told[0] + told[1])
-    loss.backward()
-    torch.testing.assert_close(loss, expected)
-    (gradient,) = torch.autograd.grad(expected, whole)
-    found = torch.cat([half.grad for half in halves if half.grad is not None], dim=1)
-    torch.testing.assert_close(found, gradient)
-
-    one, other = SignalRange(), SignalRange()
-    other.see(torch.tensor([[0.1, 0.8]]))
-    there = torch.tensor([-0.1, 0.8])
-    one.see(torch.tensor([[0.3, 0.9]]), lambda values, how: torch.maximum(values, there))
-    one.next_epoch()
-    assert one.limits == pytest.approx((0.1, 0.9))
-
-
 @given(seed=SEEDS, low=st.floats(0, 1, width=32), high=st.floats(0, 1, width=32))
 def test_thresholds_lie_in_the_range(seed: int, low: float, high: float) -> None:
     low, high = min(low, high), max(low, high)
@@ -509,7 +478,7 @@ def test_the_stage_puts_the_parts_together(signal: Any, norm: Any) -> None:
     options = {"beta_0": 4.0, "alpha": 0.7, "eps": 0.2, "temperature": 1.5, "num_thresholds": 3}
     stage = make_stage(logits, seed=9, signal=signal, osc_norm=norm, **options)
     stage.begin_epoch(0)
-    thresholds = torch.rand(3, generator=torch.Generator().manual_seed((1 << 62) + 9))
+    thresholds = torch.rand(3, generator=seeds.generator(9, "cosee thresholds"))
     table = stage.model.table
     functions = {
         "energy": exit_signals.energy(table[:-1], 1.5),

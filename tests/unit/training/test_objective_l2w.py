@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import threading
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -354,9 +353,6 @@ def test_weights_have_mean_one_stay_in_bounds_and_permute_with_the_rows(
     assert weights.max() <= 2 - lowest + 1e-12
     order = torch.randperm(rows, generator=generator)
     torch.testing.assert_close(loss_weights(raw[order], eps, centring), weights[order])
-    # A process that has some of the rows weighs them as one that has all.
-    some = loss_weights(raw[: rows // 2], eps, centring, everyone=raw)
-    torch.testing.assert_close(some, weights[: rows // 2])
 
 
 def test_the_bound_of_the_weights_is_reached() -> None:
@@ -973,67 +969,6 @@ def test_a_patched_forward_is_not_used_to_look_ahead(model: MultiExitModel) -> N
 
     model.forward = coarse  # type: ignore[method-assign]
     assert stage.meta_step(*halves(make_batch()), START) == plain
-
-
-def test_several_processes_teach_the_same_lesson_as_one(model: MultiExitModel) -> None:
-    """Two threads stand in for two processes; the first padded wider than the second."""
-    batch = make_batch(16)
-    alone = make_stage(copy.deepcopy(model), meta_lr=1e-2)
-    share = [make_batch_of(batch, range(8)), make_batch_of(batch, range(8, 16))]
-    # One process's halves, in the order in which they are gathered.
-    parts = [halves(one) for one in share]
-    alone.meta_step(*(join(parts[0][turn], parts[1][turn]) for turn in (0, 1)), START)
-
-    meeting, table = threading.Barrier(2), {}
-
-    def gather_for(rank: int) -> Any:
-        def gather(rows: Tensor) -> Tensor:
-            table[rank] = rows
-            meeting.wait(30)
-            both = torch.cat([table[0], table[1]])
-            meeting.wait(30)
-            return both
-
-        return gather
-
-    stages = []
-    for rank in (0, 1):
-        stage = make_stage(copy.deepcopy(model), meta_lr=1e-2)
-        stage.gather = gather_for(rank)
-        stage.model.eval()
-        stages.append(stage)
-
-    losses: dict[int, Tensor] = {}
-
-    def work(rank: int) -> None:
-        stages[rank].meta_step(*parts[rank], START)
-        losses[rank] = stages[rank].weighted(parts[rank][0]).detach()
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for stage in stages:
-        for p, other in zip(stage.network.parameters(), alone.network.parameters(), strict=True):
-            torch.testing.assert_close(p, other)
-    alone.model.eval()
-    together = alone.weighted(join(parts[0][0], parts[1][0])).detach()
-    torch.testing.assert_close((losses[0] + losses[1]) / 2, together)
-
-
-def make_batch_of(batch: Batch, rows: range) -> Batch:
-    return replace(batch, **{f.name: getattr(batch, f.name)[list(rows)] for f in fields(batch)})
-
-
-def join(first: Batch, second: Batch) -> Batch:
-    return replace(
-        first,
-        **{
-            f.name: torch.cat([getattr(first, f.name), getattr(second, f.name)])
-            for f in fields(first)
-        },
-    )
 
 
 # ---- what is refused -----------------------------------------------------------------------------

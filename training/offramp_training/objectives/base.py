@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from offramp_training.objectives.row_losses import Distillation
+from offramp_training.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from offramp_training.batches import Batch
@@ -52,6 +53,8 @@ class Stage:
         self.optimiser: Any = None
         # What the recipe's [distillation] asks for, set before the first batch; by default nothing.
         self.distillation = Distillation()
+        # Likewise: those that train together.
+        self.processes: Processes = ALONE
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Named parameters this stage trains; all others stay bit-identical."""
@@ -72,7 +75,11 @@ class Stage:
         """Before the first batch of an epoch. Not called when resuming inside it."""
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
-        """Scalars to descend, `steps_per_batch` of them; the loop steps between two of them."""
+        """Scalars to descend, `steps_per_batch` of them; the loop steps between two of them.
+
+        The batch is that of all processes; a loss is to be the mean over the rows of
+        `self.processes.share(batch)`, and statistics over rows are to be reduced.
+        """
         raise NotImplementedError
 
     def row_losses(

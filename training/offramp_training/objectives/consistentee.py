@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from offramp_training import seeds
 from offramp_training.objectives.base import Progress, Stage
 from offramp_training.objectives.joint import exit_weights, joint_loss
 from offramp_training.objectives.reinforce import (
@@ -91,14 +92,17 @@ class ConsistentEE(BaseModel):
     def stages(self, model: MultiExitModel, config: Recipe) -> list[Stage]:
         """Gives the model its gates, and lists who trains what."""
         model.add_gates(self.gate_hidden)
-        memory = RowMemory()
+        # Draws of their own: all processes draw the same trajectories, whatever dropout takes from
+        # torch's generator in each of them.
+        draws = seeds.generator(config.loop.seed, "trajectories")
+        shared = (model, config, self, RowMemory(), draws)
         last = JointStage3 if self.stage3 == "joint" else HeadsStage
-        stages: list[Stage] = [WarmUp("warm-up", model, config, self, memory)]
+        stages: list[Stage] = [WarmUp("warm-up", *shared)]
         for number in range(1, self.rounds + 1):
             of = f" {number} of {self.rounds}" if self.rounds > 1 else ""
             stages += [
-                PolicyStage(f"gates{of}", model, config, self, memory),
-                last(f"{self.stage3}{of}", model, config, self, memory),
+                PolicyStage(f"gates{of}", *shared),
+                last(f"{self.stage3}{of}", *shared),
             ]
         return stages
 
@@ -107,7 +111,7 @@ class ConsistentEE(BaseModel):
 
 
 class _Stage(Stage):
-    """What the stages have in common: options, and memorised layers that outlive each of them."""
+    """What the stages have in common: options, and memory and draws that outlive each of them."""
 
     number = 0  # which of the options' rates, sizes and epochs are this stage's
     trains: tuple[str, ...] = ("",)  # names of its parameters start with one of these
@@ -120,6 +124,7 @@ class _Stage(Stage):
         config: Recipe,
         options: ConsistentEE,
         memory: RowMemory,
+        generator: torch.Generator,
     ) -> None:
         def setting(what: str) -> Any:
             value = getattr(options, f"stage{self.number}_{what}")
@@ -129,6 +134,7 @@ class _Stage(Stage):
         self.batch_size, self.lr = setting("batch_size"), setting("lr")
         self.options, self.memory = options, memory
         self.exit_layers = torch.tensor(model.config.exit_layers)
+        self.generator = generator
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -147,11 +153,18 @@ class _Stage(Stage):
             hardness=self.options.hardness,
         )
 
+    def sample(self, gates: torch.Tensor, rows: int) -> torch.Tensor:
+        """Exits by the gates of this process's share of a batch of so many rows: [K, B]."""
+        shape = (self.options.trajectories, len(gates), rows)
+        draws = self.processes.own(torch.rand(shape, generator=self.generator))
+        return sample_exits(gates, draws.to(gates.device))
+
     def state_dict(self) -> dict[str, Any]:
-        return self.memory.state_dict()
+        return {"memory": self.memory.state_dict(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.memory.load_state_dict(state)
+        self.memory.load_state_dict(state["memory"])
+        self.generator.set_state(state["generator"])
 
 
 class WarmUp(_Stage):
@@ -161,6 +174,7 @@ class WarmUp(_Stage):
     never_trains = (GATES,)
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
+        batch = self.processes.share(batch)
         weights = exit_weights("depth", self.model.config.exit_layers)
         yield joint_loss(self.row_losses(self.model.logits(batch), batch), weights, "weighted")
 
@@ -173,7 +187,7 @@ class _CachedStage(_Stage):
         self.keeps_best = False  # the exits' own accuracy says nothing about it
 
     def prepare(self, batches: Callable[[], Iterable[Batch]]) -> None:
-        self.memory.run(self.model, batches())
+        self.memory.run(self.model, batches(), self.processes)
 
     def rebuild(self, batches: Callable[[], Iterable[Batch]]) -> None:
         self.prepare(batches)
@@ -195,9 +209,10 @@ class PolicyStage(_CachedStage):
         return [f"training rows by memorised layer: {shown}"]
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
+        rows, batch = len(batch), self.processes.share(batch)
         gates = self.gate_logits(self.memory.states(batch.ids))
         rewards = self.rewards(batch, self.memory.cross_entropies(batch.ids))
-        exits = sample_exits(gates, self.options.trajectories)
+        exits = self.sample(gates, rows)
         yield policy_loss(gates, rewards, exits, self.options.baseline)
 
 
@@ -214,9 +229,10 @@ class JointStage3(_Stage):
         self.memory.forget_pass()
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
+        rows, batch = len(batch), self.processes.share(batch)
         logits, gates = self.model.logits_and_gates(batch)
         rewards = self.rewards(batch, exit_cross_entropies(logits, batch.labels))
-        exits = sample_exits(gates, self.options.trajectories)
+        exits = self.sample(gates, rows)
         policy = policy_loss(gates, rewards, exits, self.options.baseline)
         losses = sampled_cross_entropy(self.row_losses(logits, batch), exits)
         yield losses + self.options.policy_weight * policy
@@ -232,9 +248,10 @@ class HeadsStage(_CachedStage):
     trains = (CLASSIFIERS,)
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
+        rows, batch = len(batch), self.processes.share(batch)
         states = self.memory.states(batch.ids)
         with torch.no_grad():
             gates = self.gate_logits(states)
         logits = [self.model.exits.classify(i, state) for i, state in enumerate(states)]
         losses = self.row_losses(torch.stack(logits), batch)
-        yield sampled_cross_entropy(losses, sample_exits(gates, self.options.trajectories))
+        yield sampled_cross_entropy(losses, self.sample(gates, rows))

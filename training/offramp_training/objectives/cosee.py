@@ -11,7 +11,7 @@ nothing about the thresholds of serving: those are calibrated, without dropout, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from offramp_model import signals as exit_signals
 from offramp_model.policies import Direction, make_policy
+from offramp_training import seeds
 from offramp_training.objectives.base import Progress, Stage
+from offramp_training.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from offramp_training.batches import Batch
@@ -29,17 +31,6 @@ if TYPE_CHECKING:
 Signal = Literal["energy", "entropy", "confidence"]
 Normaliser = Literal["contributing", "paper"]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-# How statistics of one process become those of all: `reduce(values, "sum" | "max")`, elementwise.
-# A sum must be differentiable, with the sum of the gradients as its gradient (as that of
-# `torch.distributed.nn.functional.all_reduce`): averaging the parameters' gradients over the
-# processes then gives those of the global batch.
-Reduce = Callable[[torch.Tensor, Literal["sum", "max"]], torch.Tensor]
-
-
-def one_process(values: torch.Tensor, _how: Literal["sum", "max"]) -> torch.Tensor:
-    """The `Reduce` of a process on its own."""
-    return values
 
 
 class Cosee(BaseModel):
@@ -83,30 +74,23 @@ class Cosee(BaseModel):
 class CoseeStage(Stage):
     """Every parameter, every exit, every batch; remembers the signals' range and its own draws."""
 
-    def __init__(
-        self,
-        model: MultiExitModel,
-        epochs: int,
-        options: Cosee,
-        seed: int,
-        reduce: Reduce = one_process,
-    ) -> None:
+    def __init__(self, model: MultiExitModel, epochs: int, options: Cosee, seed: int) -> None:
         super().__init__("cosee", model, epochs)
         self.options = options
         self.direction = make_policy(options.signal).direction
-        self.reduce = reduce
         self.range = SignalRange()
-        # Far from the seeds of the row order. The same in every process: all draw alike.
-        self.generator = torch.Generator().manual_seed((1 << 62) + seed)
+        # The same in every process: all draw alike.
+        self.generator = seeds.generator(seed, "cosee thresholds")
 
     def begin_epoch(self, epoch: int) -> None:
         self.range.next_epoch()
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
         options = self.options
+        batch = self.processes.share(batch)
         logits = self.model.logits(batch).float()
         signals = signal_of(logits[:-1], options.signal, options.temperature)
-        self.range.see(signals, self.reduce)
+        self.range.see(signals, self.processes)
         exits = simulated_exits(
             signals, self.range.draw(options.num_thresholds, self.generator), self.direction
         )
@@ -116,7 +100,7 @@ class CoseeStage(Stage):
         )
         right = logits[:-1].argmax(dim=-1) == batch.labels
         calibration = osc_loss(
-            signals, right, options.eps, self.direction, options.osc_norm, self.reduce
+            signals, right, options.eps, self.direction, options.osc_norm, self.processes
         )
         yield loss + options.alpha * calibration
 
@@ -154,7 +138,7 @@ class SignalRange:
         self._drawn_from = self._seen if anything else torch.tensor([0.0, 1.0])
         self._seen = self._nothing()
 
-    def see(self, signals: torch.Tensor, reduce: Reduce = one_process) -> None:
+    def see(self, signals: torch.Tensor, processes: Processes = ALONE) -> None:
         """Widens the running extremes by a batch's signals, of all processes at once.
 
         At each batch rather than at the end of an epoch: the result is the same, and what one
@@ -163,7 +147,8 @@ class SignalRange:
         if not signals.numel():
             return
         signals = signals.detach().float()
-        extremes = reduce(torch.stack([-signals.amin(), signals.amax()]), "max").cpu()
+        extremes = torch.stack([-signals.amin(), signals.amax()])
+        extremes = processes.reduce(extremes, "max").cpu()
         # fmin and fmax pass over a batch of NaN.
         low = torch.fmin(self._seen[0], -extremes[0])
         self._seen = torch.stack([low, torch.fmax(self._seen[1], extremes[1])])
@@ -240,7 +225,7 @@ def osc_terms(
     right: torch.Tensor,
     eps: float,
     direction: Direction,
-    reduce: Reduce = one_process,
+    processes: Processes = ALONE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The hinge of each internal exit, [E-1], and which exits have both kinds of rows, [E-1].
 
@@ -250,7 +235,7 @@ def osc_terms(
     easy = right.to(signals)
     hard = 1 - easy
     sums = torch.stack([easy * signals, hard * signals, easy, hard]).sum(dim=-1)
-    easy_sum, hard_sum, easy_count, hard_count = reduce(sums, "sum")
+    easy_sum, hard_sum, easy_count, hard_count = processes.reduce(sums, "sum")
     gap = easy_sum / easy_count.clamp(min=1) - hard_sum / hard_count.clamp(min=1)
     if direction == "above":
         gap = -gap
@@ -263,9 +248,9 @@ def osc_loss(
     eps: float,
     direction: Direction,
     norm: Normaliser = "contributing",
-    reduce: Reduce = one_process,
+    processes: Processes = ALONE,
 ) -> torch.Tensor:
     """Mean hinge over the exits; 0, with gradients of 0, where none has both kinds of rows."""
-    terms, mixed = osc_terms(signals, right, eps, direction, reduce)
+    terms, mixed = osc_terms(signals, right, eps, direction, processes)
     exits = mixed.sum() if norm == "contributing" else torch.tensor(len(terms))
     return torch.where(mixed, terms, 0.0).sum() / exits.clamp(min=1)

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from offramp_training.objectives.base import Progress, Stage
+from offramp_training.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from offramp_training.batches import Batch
@@ -65,6 +66,7 @@ class EnsembleStage(Stage):
         self.options = options
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
+        batch = self.processes.share(batch)
         logits = self.model.logits(batch).float()
         yield ensemble_loss(
             logits,
@@ -73,6 +75,7 @@ class EnsembleStage(Stage):
             min_level=self.options.min_level,
             drop_last=self.options.drop_last,
             detach_target=self.options.detach_target,
+            processes=self.processes,
         )
 
 
@@ -84,6 +87,7 @@ def ensemble_loss(
     min_level: MinLevel = "batch",
     drop_last: bool = False,
     detach_target: bool = False,
+    processes: Processes = ALONE,
 ) -> torch.Tensor:
     """sum_l mean_b loss_l[b] - weight * diversity, of logits [E, B, C] and losses [E, B].
 
@@ -92,7 +96,7 @@ def ensemble_loss(
     """
     accuracy = row_losses.mean(dim=1).sum()
     pairs = pair_cross_entropies(logits, detach_target=detach_target)
-    return accuracy - weight * diversity(pairs, min_level, drop_last=drop_last)
+    return accuracy - weight * diversity(pairs, min_level, drop_last=drop_last, processes=processes)
 
 
 def pair_cross_entropies(logits: torch.Tensor, *, detach_target: bool = False) -> torch.Tensor:
@@ -108,19 +112,29 @@ def pair_cross_entropies(logits: torch.Tensor, *, detach_target: bool = False) -
     return -torch.einsum("jbc,lbc->jlb", target, log_p)
 
 
-def diversity(pairs: torch.Tensor, min_level: MinLevel, *, drop_last: bool = False) -> torch.Tensor:
+def diversity(
+    pairs: torch.Tensor,
+    min_level: MinLevel,
+    *,
+    drop_last: bool = False,
+    processes: Processes = ALONE,
+) -> torch.Tensor:
     """sum_{l>=2} min_{j<l} X[j, l], the minimum over batch means or row by row: [E, E, B] -> [].
 
-    The first exit has nothing before it and no term. The minimum is over the rows it is given: with
-    several processes, each finds its own.
+    The first exit has nothing before it and no term. Where rows are spread over processes, all look
+    for the minimum over the batch together, and each takes the mean over its own rows there.
     """
+    rows = pairs.shape[-1]
     if min_level == "batch":
         pairs = pairs.mean(dim=-1, keepdim=True)
     exits = pairs.shape[0]
     is_earlier = torch.ones(exits, exits, dtype=torch.bool, device=pairs.device).triu(diagonal=1)
-    # `min` over a dimension gives the whole gradient to one winner, the earliest exit on ties;
-    # `amin` would share it out.
-    nearest = pairs.masked_fill(~is_earlier[..., None], torch.inf)[:, 1:].min(dim=0).values
+    pairs = pairs.masked_fill(~is_earlier[..., None], torch.inf)[:, 1:]
+    everywhere = pairs.detach()
+    if min_level == "batch":
+        everywhere = processes.reduce(everywhere * rows, "sum")
+    # One winner gets the whole gradient, the earliest exit on ties; `amin` would share it out.
+    nearest = pairs.gather(0, everywhere.argmin(dim=0, keepdim=True)).squeeze(0)
     if drop_last:
         nearest = nearest[:-1]
     return nearest.mean(dim=-1).sum()

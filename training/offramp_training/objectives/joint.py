@@ -65,6 +65,7 @@ class JointStage(Stage):
         self.reduction = reduction
 
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
+        batch = self.processes.share(batch)
         losses = self.row_losses(self.model.logits(batch), batch)
         yield joint_loss(losses, self.weights, self.reduction)
 

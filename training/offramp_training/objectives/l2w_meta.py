@@ -24,6 +24,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from offramp_training.processes import ALONE, Processes
+
 Centring = Literal["mat", "col", "row"]
 Reduction = Literal["sum", "mean"]
 Derivative = Literal["central", "exact"]
@@ -47,21 +49,20 @@ class WeightNetwork(nn.Module):
 
 
 def loss_weights(
-    raw: torch.Tensor, eps: float, centring: Centring, everyone: torch.Tensor | None = None
+    raw: torch.Tensor, eps: float, centring: Centring, processes: Processes = ALONE
 ) -> torch.Tensor:
     """1 + eps * (raw - its mean), [n, K]: mean 1 over the whole ("mat"), over each row's exits
     ("col"), over each exit's rows ("row"; the names are the authors').
 
     Nothing is clipped: weights lie within 1 +- 2 * eps and may be negative from eps = 0.5 on.
-    `everyone` holds the raw weights of all processes, where rows are spread over several.
+    The rows are those of all processes, where they are spread over several.
     """
-    everyone = raw if everyone is None else everyone
-    if centring == "mat":
-        mean = everyone.mean()
-    elif centring == "row":
-        mean = everyone.mean(dim=0)
-    else:
+    if centring == "col":
         mean = raw.mean(dim=1, keepdim=True)
+    else:
+        sums = processes.reduce(torch.cat([raw.sum(dim=0), raw.new_full((1,), len(raw))]), "sum")
+        mean = sums[:-1] / sums[-1]
+        mean = mean.mean() if centring == "mat" else mean
     return 1 + eps * (raw - mean)
 
 

@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from offramp_model import signals
+from offramp_training import seeds
 from offramp_training.errors import RecipeError
 from offramp_training.objectives.base import Progress, Stage
 from offramp_training.objectives.l2w_allocation import (
@@ -48,6 +49,7 @@ from offramp_training.objectives.l2w_meta import (
     weighted_loss,
 )
 from offramp_training.objectives.row_losses import exit_cross_entropies
+from offramp_training.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from offramp_training.batches import Batch
@@ -65,15 +67,6 @@ SURENESS: dict[Sureness, Callable[[torch.Tensor], torch.Tensor]] = {
     "entropy": lambda logits: -signals.normalised_entropy(logits),
     "energy": lambda logits: -signals.energy(logits),
 }
-
-# The rows of all processes from those of one, [n, ...] -> [N, ...], with the second dimension
-# padded with zeros to the longest.
-Gather = Callable[[torch.Tensor], torch.Tensor]
-
-
-def one_process(rows: torch.Tensor) -> torch.Tensor:
-    """The `Gather` of a process on its own."""
-    return rows
 
 
 @dataclass(frozen=True)
@@ -97,12 +90,10 @@ class L2WStage(Stage):
         config: Recipe,
         options: L2W,
         budgets: tuple[float, ...],
-        gather: Gather = one_process,
     ) -> None:
         super().__init__("l2w", model, config.loop.epochs)
         self.steps_per_batch = 2
         self.options = options
-        self.gather = gather
         self.drop_incomplete = True
         self.full_batch = config.loop.batch_size  # rows; a batch of fewer is dropped
         self.base_lr, self.clip_norm = config.optimiser.lr, config.optimiser.clip_norm
@@ -130,7 +121,9 @@ class L2WStage(Stage):
     def losses(self, batch: Batch, progress: Progress) -> Iterator[torch.Tensor]:
         if len(batch) < self.full_batch:
             return
+        # The model's step is shared out; the lesson is of all rows in every process, and the same.
         first, second = halves(batch)
+        own = halves(self.processes.share(batch))
         # With eps = 0 every weight is 1 and there is nothing to learn.
         teaches = (
             self.options.eps > 0
@@ -139,7 +132,7 @@ class L2WStage(Stage):
         for turn, (train, meta) in enumerate(((first, second), (second, first))):
             if teaches:
                 self.meta_step(train, meta, replace(progress, step=progress.step + turn))
-            yield self.weighted(train)
+            yield self.weighted(own[turn])
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -155,20 +148,20 @@ class L2WStage(Stage):
     # ---- the model's loss --------------------------------------------------------------------
 
     def weighted(self, train: Batch) -> torch.Tensor:
-        """The loss of one half under the weights of the network as it stands."""
+        """The loss of this process's share of a half under the network as it stands."""
         logits = self.model.logits(train)
         losses = self.row_losses(logits, train).T  # [n, K]
         with torch.no_grad():
-            weights = self._weights(losses, logits, self.gather)
+            weights = self._weights(losses, logits, self.processes)
         return weighted_loss(losses, weights, self.options.reduction)
 
     def _weights(
-        self, losses: torch.Tensor, logits: torch.Tensor, gather: Gather = one_process
+        self, losses: torch.Tensor, logits: torch.Tensor, processes: Processes = ALONE
     ) -> torch.Tensor:
         """[n, K]; a graph to the network and to nothing else."""
         options = self.options
         raw = self.network(features(losses.detach(), logits.detach(), options.network_input))
-        weights = loss_weights(raw, options.eps, options.centring, everyone=gather(raw))
+        weights = loss_weights(raw, options.eps, options.centring, processes)
         if options.negative_weights == "clip":
             weights = weights.clamp(min=0)
         return weights.to(losses.dtype)
@@ -176,11 +169,7 @@ class L2WStage(Stage):
     # ---- the network's lesson ----------------------------------------------------------------
 
     def meta_step(self, train: Batch, meta: Batch, progress: Progress) -> MetaStep:
-        """One step of the weight network; the model and its optimiser stay as they are.
-
-        Several processes all look at all rows: the same lesson everywhere.
-        """
-        train, meta = self._of_everyone(train), self._of_everyone(meta)
+        """One step of the weight network; the model and its optimiser stay as they are."""
         q = self._budget(progress.step)
         counts = round_shares(
             shares(self.model.config.num_exits, q), len(meta), self.options.rounding
@@ -262,7 +251,7 @@ class L2WStage(Stage):
 
     def _budget(self, step: int) -> float:
         """One of the budgets: a function of the step, so that a resumed run draws the same."""
-        generator = torch.Generator().manual_seed((self.seed << 30) + step)
+        generator = seeds.generator(self.seed, "l2w budget", step)
         place = int(torch.randint(len(self.budgets), (), generator=generator))
         return self.budgets[place]
 
@@ -290,11 +279,6 @@ class L2WStage(Stage):
         finally:
             self.model.train(was_training)
 
-    def _of_everyone(self, batch: Batch) -> Batch:
-        return replace(
-            batch, **{f.name: self.gather(getattr(batch, f.name)) for f in fields(batch)}
-        )
-
 
 class _Unwrapped(nn.Module):
     """The model's own forward. Mixed precision patches the instance's, and its rounding is coarser
@@ -314,13 +298,7 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
     Equal halves: of an odd number of rows, the last goes.
     """
     even = len(batch) - len(batch) % 2
-
-    def take(start: int) -> Batch:
-        return replace(
-            batch, **{f.name: getattr(batch, f.name)[start:even:2] for f in fields(batch)}
-        )
-
-    return take(0), take(1)
+    return batch.take(slice(0, even, 2)), batch.take(slice(1, even, 2))
 
 
 def features(losses: torch.Tensor, logits: torch.Tensor, kind: NetworkInput) -> torch.Tensor:

@@ -52,10 +52,9 @@ def log_exit_probabilities(gate_logits: torch.Tensor) -> torch.Tensor:
     return came_so_far + torch.cat([functional.logsigmoid(logits), nothing])
 
 
-def sample_exits(gate_logits: torch.Tensor, trajectories: int) -> torch.Tensor:
-    """Draws from the gates, one trajectory after the other: [E - 1, B] -> int64 [K, B]."""
+def sample_exits(gate_logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Trajectories by the gates: logits [E - 1, B], uniform draws [K, E - 1, B] -> int64 [K, B]."""
     chances = torch.sigmoid(gate_logits.detach().float())
-    draws = torch.rand(trajectories, *chances.shape, device=chances.device)
     leaves = functional.pad(draws < chances, (0, 0, 0, 1), value=True)  # forced at the last exit
     return leaves.int().argmax(dim=1)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from offramp_training.objectives.reinforce import memorised_exits
 from offramp_training.objectives.row_losses import exit_cross_entropies
+from offramp_training.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from offramp_training.batches import Batch
@@ -30,12 +32,19 @@ class RowMemory:
         self._states: torch.Tensor | None = None  # [N, E, W]
         self._cross_entropies: torch.Tensor | None = None  # [N, E]
 
-    def run(self, model: MultiExitModel, batches: Iterable[Batch]) -> None:
-        """Caches one pass over all rows, dropout off; counts memorised layers the first time."""
+    def run(
+        self, model: MultiExitModel, batches: Iterable[Batch], processes: Processes = ALONE
+    ) -> None:
+        """Caches one pass over all rows, dropout off; counts memorised layers the first time.
+
+        Processes take turns with the batches, and each keeps what all have found.
+        """
         was_training = model.training
         model.eval()
-        passed = [_one_batch(model, batch) for batch in batches]
+        mine = islice(batches, processes.rank, None, processes.count)
+        parts = processes.everyones([_one_batch(model, batch) for batch in mine])
         model.train(was_training)
+        passed = [batch for part in parts for batch in part]
         ids, states, losses, right = (torch.cat(parts) for parts in zip(*passed, strict=True))
         self._states, self._cross_entropies = states, losses
         if self._memorised is None:

@@ -269,7 +269,7 @@ def test_a_run_resumed_after_its_time_ends_with_its_best_weights(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = {"evaluate_every_steps": 1, "checkpoint_every_steps": 1}
-    killed_at(make_run(spoiling, **settings), 5)
+    killed_at(make_run(spoiling, **settings), 12)
     resumed = make_run(spoiling, max_minutes=1e-9, **settings)
     train(resumed)
     assert resumed.position.stage == 1

@@ -1,6 +1,5 @@
 """`fit` in two processes, started by the real launchers, ends as it does in one."""
 
-import importlib.util
 import json
 import os
 import socket
@@ -13,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from loading import load
 from offramp_model.checkpoint import load_checkpoint
 from offramp_training.resume import load_tree
 
@@ -114,11 +114,7 @@ def launched(runs: dict[str, Any], data: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def alone(runs: dict[str, Any], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = importlib.util.spec_from_file_location("train_launched", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load("tests/integration/train_launched.py")
     directory = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script.Run, "clip", script.CLIP)  # undone when all have run

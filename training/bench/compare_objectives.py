@@ -36,7 +36,7 @@ from offramp_training.config import Recipe, make_recipe, set_value
 from offramp_training.data import Dataset, load_split
 from offramp_training.evaluate import default_policies, record_dataset
 from offramp_training.first_stage import FirstStage
-from offramp_training.fit import choose_rows, fit, is_finished
+from offramp_training.fit import FitData, choose_rows, first_stage_identity, fit, is_finished
 from offramp_training.statistics import accuracy_at, area
 
 HERE = Path(__file__).parent
@@ -62,17 +62,33 @@ class Run:
         return f"{self.data_set}/{self.objective}-{self.configuration}-s{self.seed}"
 
     @property
+    def directory(self) -> str:
+        """Of its checkpoint: other settings, another directory."""
+        return f"{self.name}-{_hash(self.settings)[:8]}"
+
+    @property
+    def first_stage(self) -> str:
+        """The same for runs whose first stage is the same, as far as settings tell."""
+        ignored = [f"objective.{key}" for key in self.recipe().objective.not_in_first_stage]
+        known = {key: value for key, value in self.settings.items() if key not in ignored}
+        return _hash([self.data_set, known])
+
+    @property
     def teacher(self) -> list[Any] | None:
         """The run that is this one's teacher, where it has one: as `Protocol.run` names it."""
         found: list[Any] | None = self.settings.get(TEACHER)
         return found
 
-    def recipe(self, teacher: Path | None = None) -> Recipe:
+    def recipe(self, teacher: Path = Path("teacher")) -> Recipe:
         """With the directory of its teacher, where it has one."""
         table: dict[str, Any] = {}
         for key, value in self.settings.items():
             set_value(table, key, str(teacher) if key == TEACHER else value)
         return make_recipe(table)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class Protocol:
@@ -167,9 +183,9 @@ def chosen_area(figures: Mapping[str, Any]) -> float:
 def pending(protocol: Protocol, results: Results, only: Sequence[str]) -> Iterator[Run]:
     """What can be run now and is not done: first configurations first, other seeds last."""
     contests = [
-        (data_set, objective)
-        for data_set, objective in protocol.contests()
-        if not only or any(f"{data_set}/{objective}".startswith(one) for one in only)
+        contest
+        for contest in protocol.contests()
+        if not only or contest[0] in only or "/".join(contest) in only
     ]
     lists = [protocol.configurations(*contest) for contest in contests]
     for place in range(max(map(len, lists), default=0)):
@@ -194,20 +210,27 @@ def run_all(arguments: argparse.Namespace) -> None:
     """Keeps the workers busy until nothing is left that has not been tried."""
     protocol, results = Protocol(HERE / "objectives.toml"), Results(arguments.results)
     taken: set[str] = set()
+    running: list[str] = []  # first stages: two runs must not train the same one
     lock = threading.Lock()
+
+    def may_start(run: Run) -> bool:
+        waits = run.teacher and results.read(protocol.run(*run.teacher)) is None
+        return run.name not in taken and run.first_stage not in running and not waits
 
     def take() -> Run | None:
         with lock:
-            free = (one for one in pending(protocol, results, arguments.only))
-            run = next((one for one in free if one.name not in taken), None)
+            free = pending(protocol, results, arguments.only)
+            run = next((one for one in free if may_start(one)), None)
             if run is not None:
                 taken.add(run.name)
+                running.append(run.first_stage)
             return run
 
     def work() -> None:
         while (run := take()) is not None:
             started = time.monotonic()
             code = subprocess.call(command(arguments, run), env=environment(arguments.threads))
+            running.remove(run.first_stage)
             outcome = "done" if code == 0 else f"failed with {code}"
             print(f"{run.name}: {outcome} in {time.monotonic() - started:.0f} s", flush=True)
 
@@ -235,18 +258,24 @@ def run_one(arguments: argparse.Namespace) -> None:
     """Trains unless that is done, measures, writes the JSON."""
     protocol, results = Protocol(HERE / "objectives.toml"), Results(arguments.results)
     run = protocol.run(*json.loads(arguments.run))
-    data, started = arguments.data / run.data, time.monotonic()
-    recipe, output = train(protocol, run, arguments)
-    trained, checkpoint = time.monotonic(), load_checkpoint(output)
-    held_out, reported = choose_rows(recipe, str(data)).held_out, load_split(str(data), run.report)
+    recipe = run.recipe() if run.teacher is None else run.recipe(teacher(protocol, run, arguments))
+    data, output = str(arguments.data / run.data), arguments.work / run.directory
+    rows, started = choose_rows(recipe, data), time.monotonic()
+    shared = shared_first_stage(arguments.work, run, recipe, rows)
+    if not is_finished(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        fit(recipe, output, data=data, first_stage=shared)
+    seconds, checkpoint = time.monotonic() - started, load_checkpoint(output)
     policy = checkpoint.manifest.best_policy or checkpoint.manifest.exit_policy
+    reported = load_split(data, run.report)
     results.write(
         run,
         {
             "run": run.name,
             "settings": run.settings,
-            "seconds": round(trained - started, 1),
-            "selection": {"policy": policy, **figures(checkpoint, held_out)},
+            "seconds": round(seconds, 1),  # of the last attempt, and without a shared first stage
+            "first_stage": "own" if shared is None else shared.trained_by,
+            "selection": {"policy": policy, **figures(checkpoint, rows.held_out)},
             "report": {"policy": policy, **figures(checkpoint, reported, policy)},
             "machine": f"{os.cpu_count()} cores, {platform.machine()}",
             "threads": torch.get_num_threads(),
@@ -255,25 +284,22 @@ def run_one(arguments: argparse.Namespace) -> None:
     )
 
 
-def train(protocol: Protocol, run: Run, arguments: argparse.Namespace) -> tuple[Recipe, Path]:
-    """Its recipe and its checkpoint, made if it is not there, and its teacher before it."""
-    output, teacher = arguments.work / run.name, None
-    if run.teacher is not None:
-        _, teacher = train(protocol, protocol.run(*run.teacher), arguments)
-    recipe = run.recipe(teacher)
-    if not is_finished(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shared = first_stage(arguments.work, run)
-        fit(recipe, output, data=str(arguments.data / run.data), first_stage=shared)
-    return recipe, output
+def teacher(protocol: Protocol, run: Run, arguments: argparse.Namespace) -> Path:
+    """The checkpoint of the run's teacher."""
+    assert run.teacher is not None
+    directory: Path = arguments.work / protocol.run(*run.teacher).directory
+    if not is_finished(directory):
+        raise SystemExit(f"{run.name}: its teacher is measured, but {directory} is gone: delete "
+                         "the teacher's JSON file to train it again")  # fmt: skip
+    return directory
 
 
-def first_stage(work: Path, run: Run) -> FirstStage:
-    """Runs that differ in nothing that their first stage knows train it once: one alpha's is all
-    alphas'."""
-    ignored = [f"objective.{key}" for key in run.recipe(Path("any")).objective.not_in_first_stage]
-    known = {key: value for key, value in run.settings.items() if key not in ignored}
-    name = hashlib.sha256(json.dumps([run.data_set, known], sort_keys=True).encode()).hexdigest()
+def shared_first_stage(work: Path, run: Run, recipe: Recipe, rows: FitData) -> FirstStage | None:
+    """Where runs leave a first stage for each other, if there is one that options do not touch: one
+    alpha's is all alphas'."""
+    if not recipe.objective.not_in_first_stage:
+        return None
+    name = _hash(first_stage_identity(recipe, rows))
     return FirstStage(work / "first-stages" / name[:16], run.name)
 
 

@@ -33,23 +33,24 @@ class Contest:
 
     def __init__(self, protocol: Protocol, results: Results, data_set: str, objective: str) -> None:
         self.data_set, self.objective = data_set, objective
-        first, *_ = protocol.seeds(data_set)
-        tuned = {
-            name: results.read(protocol.run(data_set, objective, name, first))
+        self.seeds = len(protocol.seeds(data_set))
+        done = {
+            name: [
+                found
+                for seed in protocol.seeds(data_set)
+                if (found := results.read(protocol.run(data_set, objective, name, seed)))
+            ]
             for name in protocol.configurations(data_set, objective)
         }
-        self.missing = [name for name, done in tuned.items() if done is None]
-        self.tuned: dict[str, Done] = {name: done for name, done in tuned.items() if done}
-        areas = {name: chosen_area(done["selection"]) for name, done in self.tuned.items()}
-        self.winner = max(areas, key=lambda name: areas[name]) if areas else None
-        self.seeds = len(protocol.seeds(data_set))
-        self.runs: list[Done] = []
-        if self.winner is not None:
-            seeds = [
-                results.read(protocol.run(data_set, objective, self.winner, seed))
-                for seed in protocol.seeds(data_set)
-            ]
-            self.runs = [done for done in seeds if done is not None]
+        self.missing = [name for name, runs in done.items() if not runs]
+        # Configurations compete with the first seed, unless all are run with every seed.
+        most = None if protocol.every_seed(data_set) else 1
+        self.tuned = {name: runs[:most] for name, runs in done.items() if runs}
+        self.winner = max(self.tuned, key=self._selection, default=None)
+        self.runs: list[Done] = done[self.winner] if self.winner else []
+
+    def _selection(self, name: str) -> float:
+        return statistics.fmean(chosen_area(done["selection"]) for done in self.tuned[name])
 
     @property
     def policies(self) -> str:
@@ -62,9 +63,14 @@ class Contest:
 
     def values(self, figure: Callable[[Done], float | None]) -> list[float]:
         """Of every seed; none unless all have one."""
-        found = [figure(run["report"]) for run in self.runs]
-        known = [value for value in found if value is not None]
-        return known if len(known) == len(found) else []
+        return values(self.runs, "report", figure)
+
+
+def values(runs: Sequence[Done], rows: str, figure: Callable[[Done], float | None]) -> list[float]:
+    """A figure of every run, on "report" or "selection" rows; none unless all have one."""
+    found = [figure(run[rows]) for run in runs]
+    known = [value for value in found if value is not None]
+    return known if len(known) == len(found) else []
 
 
 def spoken(key: str) -> Callable[[Done], float | None]:
@@ -155,26 +161,26 @@ def _layers(here: Sequence[Contest]) -> Iterator[str]:
 
 
 def _configurations(here: Sequence[Contest]) -> Iterator[str]:
-    yield "Every configuration, first seed (chosen by the area on the calibration rows):\n"
+    yield "Every configuration (chosen by the area on the calibration rows, first seed):\n"
     columns = ("area, calibration", "at 2x, calibration", "full depth", "at 2x", "area", "seconds")
     yield _row("objective", "configuration", *columns)
     yield _row(*["---"] * (len(columns) + 2))
     for one in here:
-        for name, done in one.tuned.items():
-            selection, report = done["selection"], done["report"]
-            figures = (
-                spoken("auc")(selection),
-                spoken("2")(selection),
-                full_depth(report),
-                spoken("2")(report),
-                spoken("auc")(report),
-            )
-            cells = ["-" if value is None else _number(value) for value in figures]
+        for name, runs in one.tuned.items():
+            cells = [
+                _spread(values(runs, "selection", spoken("auc"))),
+                _spread(values(runs, "selection", spoken("2"))),
+                _spread(values(runs, "report", full_depth)),
+                _spread(values(runs, "report", spoken("2"))),
+                _spread(values(runs, "report", spoken("auc"))),
+            ]
             shown = f"**{name}**" if name == one.winner else name
-            yield _row(f"`{one.objective}`", shown, *cells, f"{done['seconds']:.0f}")
+            seconds = f"{statistics.fmean(done['seconds'] for done in runs):.0f}"
+            shared = runs[0].get("first_stage", "own") not in ("own", runs[0]["run"])
+            yield _row(f"`{one.objective}`", shown, *cells, seconds + "*" * shared)
         if one.missing:
             yield _row(f"`{one.objective}`", f"not run: {', '.join(one.missing)}", *[""] * 6)
-    yield ""
+    yield "\n\\* without the first stage, which another run had trained.\n"
 
 
 def _row(*cells: str) -> str:

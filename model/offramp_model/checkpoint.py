@@ -123,7 +123,7 @@ class Checkpoint:
             CheckpointError: a tensor is missing or has the wrong shape, or the tokenizer and the
                 model do not fit one another.
         """
-        heads = ExitHeads(self.model)
+        heads = _heads_to_fill(self.model)
         heads.load_state_dict(_read_tensors(self.directory / EXITS))
         with safe_open(self.directory / BACKBONE, framework="pt") as tensors:
             try:
@@ -306,7 +306,7 @@ def _check_hash(path: Path, expected: str | None) -> None:
 
 
 def _check_heads(path: Path, model: MultiExitConfig) -> None:
-    expected = {name: tuple(t.shape) for name, t in ExitHeads(model).state_dict().items()}
+    expected = {name: tuple(t.shape) for name, t in _heads_to_fill(model).state_dict().items()}
     actual = {name: tuple(t.shape) for name, t in _read_tensors(path).items()}
     for name in sorted(expected.keys() | actual.keys()):
         if name not in actual:
@@ -318,6 +318,16 @@ def _check_heads(path: Path, model: MultiExitConfig) -> None:
                 f"{path}: {name} has shape {actual[name]}, but {_sizes(model)} ask for "
                 f"{expected[name]}"
             )
+
+
+def _heads_to_fill(model: MultiExitConfig) -> ExitHeads:
+    """Heads whose values are of no account. Modules draw first weights when they are made; opening
+    a checkpoint is nothing that a caller's own draws should tell.
+
+    Not on torch's meta device: drawing there imports sympy, a second of a service's start.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return ExitHeads(model)
 
 
 def _sizes(model: MultiExitConfig) -> str:

@@ -54,8 +54,7 @@ def make_distillation(
 def last_exit(checkpoint: Checkpoint, rows: Dataset, device: torch.device) -> torch.Tensor:
     """Logits of a checkpoint's last exit for every row, without dropout: float32 [N, C], CPU."""
     encodings = checkpoint.tokenizer().encode(rows.inputs)
-    # Modules draw first weights when they are made; the run's own draws stay as they are.
-    with torch.random.fork_rng(), rows_bar("rows through the teacher", len(rows)) as progress:
+    with rows_bar("rows through the teacher", len(rows)) as progress:
         stack = checkpoint.stack(device=device)
         recorded = record_exits(stack, encodings, device=device, last_only=True, progress=progress)
     return recorded.logits[-1]

@@ -73,6 +73,16 @@ def test_what_is_written_is_read(
     assert not list(tmp_path.glob(".*")), "a temporary file was left behind"
 
 
+def test_opening_draws_nothing(tmp_path: Path, write_tiny: Any) -> None:
+    """A run that opens a teacher drops the units that it drops without one."""
+    directory = write_tiny(tmp_path / "c")
+    state = torch.get_rng_state()
+    checkpoint = load_checkpoint(directory)
+    assert torch.get_rng_state().equal(state)
+    checkpoint.stack()
+    assert torch.get_rng_state().equal(state)
+
+
 def test_bfloat16_stays_close(tmp_path: Path, write_tiny: Any) -> None:
     checkpoint = load_checkpoint(write_tiny(tmp_path / "model"))
     encodings = checkpoint.tokenizer().encode(["w5 w6 w7 w8"])

@@ -30,8 +30,8 @@ class Killed(Exception):
 
 
 def keep(directory: Path, name: str) -> None:
-    """Has `fit` keep a run's weights, what its stages remember, each step's loss and the gradients'
-    norm. The norm, because Adam hides a wrong scale."""
+    """Has `fit` keep a run's weights, what its stages remember, the seed of its draws, each step's
+    loss and the gradients' norm. The norm, because Adam hides a wrong scale."""
     steps: list[list[float]] = []
 
     def clip(run: Run) -> None:
@@ -40,6 +40,7 @@ def keep(directory: Path, name: str) -> None:
         CLIP(run)
 
     def train(run: Run) -> Any:
+        seed = torch.initial_seed()
         model = TRAIN(run)
         place = directory / "kept" / name / str(run.processes.rank)
         place.mkdir(parents=True)
@@ -49,6 +50,7 @@ def keep(directory: Path, name: str) -> None:
             "accuracies": exit_accuracies(model, run.held_out, run.processes),
             "steps": steps,
             "position": run.position.steps,
+            "seed": seed,
         }
         save_tree(place, state)
         return model

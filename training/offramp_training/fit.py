@@ -25,6 +25,7 @@ from offramp_model.checkpoint import (
     write_checkpoint,
 )
 from offramp_model.tokenizer import TextTokenizer
+from offramp_training import seeds
 from offramp_training.backbone import resolve_backbone
 from offramp_training.batches import EncodedRows
 from offramp_training.calibrate import calibrate_checkpoint
@@ -106,7 +107,7 @@ def fit(
     for stage in stages:
         stage.distillation = distillation
     if not processes.is_main:  # all were seeded alike, and would all drop the same units
-        torch.manual_seed(recipe.loop.seed + processes.rank)
+        torch.manual_seed(seeds.number(recipe.loop.seed, "dropout", processes.rank))
     with Reporter(work / "tensorboard", silent=not processes.is_main) as reporter:
         run = Run(
             recipe=recipe,

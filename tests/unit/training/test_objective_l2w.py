@@ -809,6 +809,17 @@ def test_both_forms_of_the_derivative_agree_on_an_encoder(
     assert float((found[1] - found[0]).norm() / found[0].norm()) < tolerance
 
 
+def test_the_network_starts_from_draws_of_its_own(model: MultiExitModel) -> None:
+    state = torch.get_rng_state()
+    stage, again = make_stage(model), make_stage(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same_tree(dict(stage.network.state_dict()), dict(again.network.state_dict()))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stage.seed)  # what the exit heads are drawn with
+        heads = WeightNetwork(3, 3, stage.options.hidden)
+    assert not torch.equal(heads.hidden.weight, stage.network.hidden.weight)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_without_perturbation_it_is_joint_training_on_half_batches(
     model: MultiExitModel, reduction: Any

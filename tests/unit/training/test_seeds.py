@@ -28,3 +28,13 @@ def test_uses_and_large_seeds_do_not_meet() -> None:
         for number in range(3)
     }
     assert len(seen) == 5 * 2 * 3
+
+
+def test_a_generator_starts_from_the_number_of_its_use() -> None:
+    number = seeds.number(5, "dropout", 1)
+    assert 0 <= number < 2**32
+    assert torch.equal(
+        torch.rand(4, generator=torch.Generator().manual_seed(number)), draws(5, "dropout", 1)
+    )
+    # A sum of seed and rank would be another recipe's seed.
+    assert number not in {seeds.number(6, "dropout", 0), 6}

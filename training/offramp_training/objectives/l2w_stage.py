@@ -103,8 +103,9 @@ class L2WStage(Stage):
             self.parameters(), options.pseudo_layers, model.config.num_layers
         )
         exits = model.config.num_exits
-        with torch.random.fork_rng():  # the run's own draws stay those of every other objective
-            torch.manual_seed(self.seed)
+        # Drawn on the CPU, and the run's own draws stay those of every other objective.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seeds.number(self.seed, "l2w network"))
             inputs = 2 * exits if options.network_input == "both" else exits
             self.network = WeightNetwork(inputs, exits, options.hidden)
         self.meta_optimiser = torch.optim.Adam(

@@ -264,6 +264,23 @@ def test_memorised_layers_are_found_by_id(
         RowMemory().memorised_layers(batch.ids)
 
 
+def test_a_pass_stands_in_its_own_order_not_in_that_of_a_resume_point(
+    model: MultiExitModel, rows: EncodedRows
+) -> None:
+    memory, resumed = RowMemory(), RowMemory()
+    memory.run(model, rows.in_order(64))
+    ids = torch.tensor(rows.ids)
+    kept = memory.state_dict()
+    resumed.load_state_dict({name: values.flip(0) for name, values in kept.items()})
+    resumed.run(model, rows.in_order(64))
+    for one, other in (
+        (resumed.states(ids), memory.states(ids)),
+        (resumed.cross_entropies(ids), memory.cross_entropies(ids)),
+        (resumed.memorised_layers(ids), memory.memorised_layers(ids)),
+    ):
+        assert torch.equal(one, other)
+
+
 def test_two_rows_of_one_id_are_refused(model: MultiExitModel, rows: EncodedRows) -> None:
     twice = EncodedRows(rows.encodings, [0] * len(rows), rows.labels, rows.pad_id)
     with pytest.raises(ValueError, match="two training rows have the same id"):

@@ -317,12 +317,27 @@ def test_the_range_of_signals_is_that_of_all_rows(together: Callable[..., list[A
 
 @pytest.mark.parametrize("count", [2, 4])  # of 160 rows, 3 batches of 64: one process has none
 def test_a_pass_in_turns_is_the_whole_pass(
-    backbone: Path, rows: EncodedRows, together: Callable[..., list[Any]], count: int
+    backbone: Path,
+    rows: EncodedRows,
+    together: Callable[..., list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
 ) -> None:
     model = make_stages(backbone, rows, 16)[0].model
     alone = RowMemory()
     alone.run(model, rows.in_order(64))
     copies = [copy.deepcopy(model) for _ in range(count)]
+
+    largest = 0
+    reduce = Group.reduce
+
+    def watched(self: Group, values: Tensor, how: Any) -> Tensor:
+        nonlocal largest
+        largest = max(largest, values.numel())
+        return reduce(self, values, how)
+
+    monkeypatch.setattr(Group, "reduce", watched)
+    monkeypatch.setattr(Group, "everyones", None)  # Python values: several copies of the whole
 
     def work(processes: Processes) -> tuple[RowMemory, list[float]]:
         memory = RowMemory()
@@ -336,3 +351,5 @@ def test_a_pass_in_turns_is_the_whole_pass(
         assert memory.memorised_layers(ids).equal(alone.memorised_layers(ids))
         assert memory.states(ids).equal(alone.states(ids))
         assert memory.cross_entropies(ids).equal(alone.cross_entropies(ids))
+        assert memory.state_dict()["ids"].equal(ids)
+    assert 0 < largest <= min(count * 64, 160) * alone.states(ids)[:, 0].numel()

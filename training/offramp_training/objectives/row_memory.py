@@ -8,7 +8,7 @@ nothing about losses or gates.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -37,19 +37,21 @@ class RowMemory:
     ) -> None:
         """Caches one pass over all rows, dropout off; counts memorised layers the first time.
 
-        Processes take turns with the batches, and each keeps what all have found.
+        Processes take turns with the batches, and each keeps what all have found, after every turn:
+        no message is larger than a batch for each of them.
         """
         was_training = model.training
         model.eval()
-        mine = islice(batches, processes.rank, None, processes.count)
-        parts = processes.everyones([_one_batch(model, batch) for batch in mine])
+        batches, turns = iter(batches), []
+        while turn := list(islice(batches, processes.count)):
+            turns.append(_one_turn(model, turn, processes))
         model.train(was_training)
-        passed = [batch for part in parts for batch in part]
-        ids, states, losses, right = (torch.cat(parts) for parts in zip(*passed, strict=True))
+        ids, states, losses, right = (torch.cat(parts) for parts in zip(*turns, strict=True))
+        layers = torch.tensor(model.config.exit_layers)
+        counted = self._memorised is not None  # perhaps with the rows in another order
+        memorised = self.memorised_layers(ids) if counted else layers[memorised_exits(right.T > 0)]
+        self._keep(ids, memorised)
         self._states, self._cross_entropies = states, losses
-        if self._memorised is None:
-            layers = torch.tensor(model.config.exit_layers)
-            self._keep(ids, layers[memorised_exits(right.T)])
 
     def forget_pass(self) -> None:
         """Gives the cached pass back; the memorised layers stay."""
@@ -99,12 +101,30 @@ class RowMemory:
 
 
 @torch.no_grad()
+def _one_turn(
+    model: MultiExitModel, turn: Sequence[Batch], processes: Processes
+) -> tuple[torch.Tensor, ...]:
+    """A batch for each process, the last ones perhaps without: of all their rows, ids [B], states
+    [B, E, W], cross-entropies [B, E] and 1 for right answers [B, E], on the CPU."""
+    ids = torch.cat([batch.ids.cpu() for batch in turn])
+    shape = (len(ids), model.config.num_exits)
+    states = next(model.parameters()).new_zeros(*shape, model.config.state_size)
+    losses = torch.zeros(shape, device=states.device)
+    right = torch.zeros(shape, device=states.device, dtype=torch.long)
+    if processes.rank < len(turn):
+        start = sum(len(batch) for batch in turn[: processes.rank])
+        mine = slice(start, start + len(turn[processes.rank]))
+        states[mine], losses[mine], right[mine] = _one_batch(model, turn[processes.rank])
+    # Nobody else has anything but zeros there: the sums are exact.
+    found = (processes.reduce(values, "sum") for values in (states, losses, right))
+    return ids, *(values.cpu() for values in found)
+
+
 def _one_batch(model: MultiExitModel, batch: Batch) -> tuple[torch.Tensor, ...]:
-    """Ids [B], states [B, E, W], cross-entropies [B, E], right answers [B, E], on the CPU."""
+    """States [B, E, W], cross-entropies [B, E], right answers [B, E]."""
     batch = batch.to(model.device)
     states = model.states(batch.input_ids, batch.attention_mask, batch.token_type_ids)
     logits = torch.stack([model.exits.classify(i, state) for i, state in enumerate(states)])
     losses = exit_cross_entropies(logits.float(), batch.labels)
     right = logits.argmax(dim=-1) == batch.labels
-    kept = (batch.ids, torch.stack(states, dim=1), losses.T, right.T)
-    return tuple(value.cpu() for value in kept)
+    return torch.stack(states, dim=1), losses.T, right.T

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from offramp_training.model import (
 from offramp_training.objectives import Stage
 from offramp_training.progress import Reporter
 from offramp_training.resume import ResumePoints
-from offramp_training.teacher import make_distillation, pin_teacher
+from offramp_training.teacher import make_distillation, open_teacher
 
 # Settings that may change when a run goes on: how often it is saved, when it must stop, how many
 # threads it gets. The last two show in the weights, but they are the machine's, not the run's.
@@ -91,7 +92,7 @@ def fit(
         if recipe.loop.threads is not None:
             torch.set_num_threads(recipe.loop.threads)
         rows = choose_rows(recipe, data)
-        recipe = pin_teacher(recipe, rows.train.label_names)
+        recipe, teacher = open_teacher(recipe, rows.train.label_names)
         backbone = resolve_backbone(recipe.model.backbone)
         model = build_model(backbone, recipe.model, rows.train.label_names, recipe.loop.seed)
         tokenizer = load_tokenizer(backbone, model)
@@ -103,9 +104,6 @@ def fit(
             save_tokenizer(tokenizer, backbone, work / "tokenizer")
     text_tokenizer = TextTokenizer(work / "tokenizer" / "tokenizer.json", recipe.model.max_length)
     model = prepare_model(accelerator, model)
-    distillation = make_distillation(recipe.distillation, rows.train, model.device, processes)
-    for stage in stages:
-        stage.distillation = distillation
     if not processes.is_main:  # all were seeded alike, and would all drop the same units
         torch.manual_seed(seeds.number(recipe.loop.seed, "dropout", processes.rank))
     with Reporter(work / "tensorboard", silent=not processes.is_main) as reporter:
@@ -121,6 +119,11 @@ def fit(
             accelerator=accelerator,
             processes=processes,
             first_stage=first_stage,
+            distillation=cache(
+                lambda: make_distillation(
+                    recipe.distillation, teacher, rows.train, model.device, processes
+                )
+            ),
         )
         train(run)
     with processes.agreeing():
@@ -134,18 +137,20 @@ def fit(
     return output
 
 
-def check_recipe(recipe: Recipe, rows: FitData) -> None:
-    """What only the backbone and a teacher can tell about a recipe; writes nothing.
+def check_recipe(recipe: Recipe, rows: FitData) -> Recipe:
+    """What only the backbone and a teacher can tell about a recipe; writes nothing. Returns it with
+    the teacher's hashes filled in.
 
     Raises:
         TrainingError: `fit` would refuse it before the first step.
     """
-    pin_teacher(recipe, rows.train.label_names)
+    recipe, _ = open_teacher(recipe, rows.train.label_names)
     backbone = resolve_backbone(recipe.model.backbone)
     model = build_model(backbone, recipe.model, rows.train.label_names, recipe.loop.seed)
     load_tokenizer(backbone, model)
     _stages(recipe, model, rows)
     make_accelerator(recipe.loop)
+    return recipe
 
 
 def choose_rows(recipe: Recipe, data: str | None) -> FitData:
@@ -235,8 +240,9 @@ def _stages(recipe: Recipe, model: MultiExitModel, rows: FitData) -> list[Stage]
 
 
 def run_identity(recipe: Recipe, rows: FitData) -> dict[str, Any]:
-    """What must be the same for a run to go on, ready for JSON."""
-    table = pin_teacher(recipe, rows.train.label_names).as_dict()
+    """What must be the same for a run to go on, ready for JSON. The recipe has its teacher's hashes
+    filled in, here and below."""
+    table = recipe.as_dict()
     for key in NOT_IDENTITY:
         del table["loop"][key]
     return _identity(table, rows)
@@ -244,7 +250,7 @@ def run_identity(recipe: Recipe, rows: FitData) -> dict[str, Any]:
 
 def first_stage_identity(recipe: Recipe, rows: FitData) -> dict[str, Any]:
     """What two runs must have in common for the same first stage to the bit, ready for JSON."""
-    table = pin_teacher(recipe, rows.train.label_names).as_dict()
+    table = recipe.as_dict()
     for key in NOT_IDENTITY:
         if key != "threads":
             del table["loop"][key]
@@ -255,9 +261,12 @@ def first_stage_identity(recipe: Recipe, rows: FitData) -> dict[str, Any]:
 
 def _identity(table: dict[str, Any], rows: FitData) -> dict[str, Any]:
     del table["data"]["path"]  # the rows count, not where they lie
-    del table["distillation"]["teacher"]  # likewise its weights
+    teacher = table["distillation"].pop("teacher")  # likewise
+    hashes = table["distillation"].pop("teacher_sha256")
+    if (teacher is None) != (hashes is None):
+        raise ValueError(f"no identity without the hashes of distillation.teacher = {teacher!r}")
     return {
-        "teacher": table["distillation"].pop("teacher_sha256"),
+        "teacher": hashes,
         "recipe": table,
         "training data": rows.train.ordered_fingerprint,
         "held-out data": rows.held_out.ordered_fingerprint,

@@ -9,7 +9,7 @@ Knows no objective by name, no file format and no exit policy.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from offramp_training.errors import OutputError, RecipeError
 from offramp_training.first_stage import FirstStage
 from offramp_training.model import MultiExitModel
 from offramp_training.objectives import Progress, Stage
+from offramp_training.objectives.row_losses import Distillation
 from offramp_training.optimiser import lr_factor, make_optimiser, set_lr
 from offramp_training.processes import ALONE, Group, Processes, launched
 from offramp_training.progress import Reporter
@@ -97,6 +98,9 @@ class Run:
     position: Position = field(default_factory=Position)
     best: Best = field(default_factory=Best)
     first_stage: FirstStage | None = None  # shared with other runs
+    # What stages learn from beside the labels; asked when one starts, as a teacher's answers cost a
+    # pass over the rows.
+    distillation: Callable[[], Distillation] = Distillation
     # Made by `_start_stage`.
     optimiser: Any = field(init=False, default=None)
     loss: float = field(init=False, default=0.0)  # of the newest step
@@ -257,6 +261,9 @@ class Run:
             make_optimiser(stage, self.recipe.optimiser)
         )
         stage.optimiser, stage.processes = self.optimiser, self.processes
+        asked = time.monotonic()
+        stage.distillation = self.distillation()
+        self._clock += time.monotonic() - asked  # to prepare is not to train
         batches = sum(len(self._order(stage, epoch)) for epoch in range(stage.epochs))
         self.total_steps = batches * stage.steps_per_batch
         restored, self._restored = self._restored, None

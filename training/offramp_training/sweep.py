@@ -87,11 +87,11 @@ def _check(points: Sequence[Point], data: str | None) -> list[tuple[str, str]]:
         try:
             if which not in read:
                 read[which] = choose_rows(point.recipe, data)
-            check_recipe(point.recipe, read[which])
+            recipe = check_recipe(point.recipe, read[which])
         except TrainingError as error:
             raise type(error)(f"point {point.name}: {error}") from None
-        whole = run_identity(point.recipe, read[which])
-        first_stage = first_stage_identity(point.recipe, read[which])
+        whole = run_identity(recipe, read[which])
+        first_stage = first_stage_identity(recipe, read[which])
         identities.append((_hash(whole), _hash(first_stage)))
     return identities
 

@@ -39,7 +39,7 @@ from offramp_training.objectives.row_losses import (
 )
 from offramp_training.optimiser import make_optimiser
 from offramp_training.sweep import sweep
-from offramp_training.teacher import last_exit, make_distillation
+from offramp_training.teacher import hashes_of, last_exit, make_distillation, open_teacher
 
 SEEDS = st.integers(0, 2**31)
 LABELS = ("pleasure", "dread", "craft")
@@ -284,13 +284,18 @@ def same_bits(one: Path, two: Path) -> bool:
     return left.keys() == right.keys() and all(left[key].equal(right[key]) for key in left)
 
 
-def relabelled(checkpoint: Path, target: Path) -> Path:
-    """The same checkpoint elsewhere, with its labels in another order."""
+def altered(checkpoint: Path, target: Path, file: str, change: Callable[[Any], object]) -> Path:
+    """The same checkpoint elsewhere, with a change to one of its JSON files."""
     shutil.copytree(checkpoint, target)
-    manifest = json.loads((target / "offramp.json").read_text())
-    manifest["model"]["labels"] = ["dread", "pleasure", "craft"]
-    (target / "offramp.json").write_text(json.dumps(manifest))
+    content = json.loads((target / file).read_text())
+    change(content)
+    (target / file).write_text(json.dumps(content))
     return target
+
+
+def swap_words(tokenizer: Any) -> None:
+    words = tokenizer["model"]["vocab"]
+    words["love"], words["hate"] = words["hate"], words["love"]
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -324,7 +329,7 @@ def test_a_checkpoint_says_what_it_was_distilled_from(
         "teacher": checkpoint.name,
         "teacher_weight": 0.25,
         "temperature": 2.0,
-        "teacher_sha256": load_checkpoint(checkpoint).manifest.sha256,
+        "teacher_sha256": hashes_of(load_checkpoint(checkpoint)),
     }
     assert str(checkpoint.parent) not in (made / "offramp.json").read_text()
     make_recipe(dict(manifest.objective.parameters))  # reads back
@@ -346,11 +351,7 @@ def test_a_teacher_reads_texts_with_its_own_tokenizer(
     assert torch.equal(last_exit(opened, rows, torch.device("cpu")), expected)
     assert torch.equal(torch.get_rng_state(), state)
 
-    other = shutil.copytree(checkpoint, tmp_path / "other")
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    words = tokenizer["model"]["vocab"]
-    words["love"], words["hate"] = words["hate"], words["love"]
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    other = altered(checkpoint, tmp_path / "other", "tokenizer.json", swap_words)
     swapped = last_exit(load_checkpoint(other), rows, torch.device("cpu"))
     has_one = torch.tensor([" love " in row.text or " hate " in row.text for row in rows.rows])
     same = (swapped == expected).all(dim=1)
@@ -440,7 +441,18 @@ def test_wrong_values_are_named(section: dict[str, Any], parts: list[str]) -> No
 def test_wrong_teachers_are_refused_before_anything_is_written(
     tmp_path: Path, backbone: Path, data: Path, checkpoint: Path, recipe_table: dict[str, Any]
 ) -> None:
-    reordered = relabelled(checkpoint, tmp_path / "reordered")
+    reordered = altered(
+        checkpoint,
+        tmp_path / "reordered",
+        "offramp.json",
+        lambda manifest: manifest["model"].update(labels=["dread", "pleasure", "craft"]),
+    )
+    too_long = altered(
+        checkpoint,
+        tmp_path / "too long",
+        "offramp.json",
+        lambda manifest: manifest["model"].update(max_length=64),
+    )
     output = tmp_path / "runs" / "out"
 
     def refused(what: str, **section: Any) -> None:
@@ -454,6 +466,10 @@ def test_wrong_teachers_are_refused_before_anything_is_written(
     refused(
         "its labels are dread, pleasure, craft; allowed: .* order, pleasure, dread, craft",
         teacher=str(reordered),
+    )
+    refused(
+        r"distillation\.teacher = '.*too long': max_length is 64, but .*; allowed: the directory",
+        teacher=str(too_long),
     )
     refused(
         r"distillation\.teacher_sha256 = \{'model.safetensors': 'x'\}; allowed: none, or those of",
@@ -474,16 +490,74 @@ def test_what_the_teacher_is_counts_not_where_it_lies(
     def identity(**section: Any) -> dict[str, Any]:
         recipe = make_recipe({**recipe_table, "distillation": section})
         rows = choose_rows(recipe, str(data))
+        recipe, _ = open_teacher(recipe, rows.train.label_names)
         first_stage = first_stage_identity(recipe, rows)
         assert first_stage["teacher"] == run_identity(recipe, rows)["teacher"]
         return run_identity(recipe, rows)
 
-    hashes = load_checkpoint(checkpoint).manifest.sha256
+    opened = load_checkpoint(checkpoint)
+    hashes = hashes_of(opened)
+    assert hashes.items() > opened.manifest.sha256.items()
     there = identity(teacher=str(checkpoint), teacher_weight=0.5)
     moved = shutil.copytree(checkpoint, tmp_path / "moved")
     assert there["teacher"] == hashes
     assert there == identity(teacher=str(moved), teacher_weight=0.5, teacher_sha256=hashes)
     assert identity()["teacher"] is None
+    changes: dict[str, tuple[str, Callable[[Any], object]]] = {
+        "tokenizer.json": ("tokenizer.json", swap_words),
+        "config.json": ("config.json", lambda config: config.update(layer_norm_eps=0.1)),
+        "offramp.json:model": ("offramp.json", lambda m: m["model"].update(max_length=8)),
+        "": ("offramp.json", lambda manifest: manifest.update(evaluation={}, calibration=[])),
+    }
+    for key, (file, change) in changes.items():
+        other = altered(checkpoint, tmp_path / f"other {key}", file, change)
+        found = identity(teacher=str(other), teacher_weight=0.5)["teacher"]
+        assert {name for name in hashes if found[name] != hashes[name]} == {key} - {""}
+    recipe = make_recipe(
+        {**recipe_table, "distillation": {"teacher": str(checkpoint), "teacher_weight": 0.5}}
+    )
+    with pytest.raises(ValueError, match="no identity without the hashes"):
+        run_identity(recipe, choose_rows(recipe, str(data)))
+
+
+def test_a_teacher_is_opened_once_and_runs_only_for_stages_that_are_left(
+    tmp_path: Path,
+    data: Path,
+    checkpoint: Path,
+    recipe_table: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    done: list[str] = []
+    for name, function in (("opened", load_checkpoint), ("ran", last_exit)):
+
+        def watched(*arguments: Any, name: str = name, function: Any = function) -> Any:
+            done.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(f"offramp_training.teacher.{function.__name__}", watched)
+    options = {"stage1_epochs": 1, "stage2_epochs": 1, "stage3_epochs": 1}
+    recipe_table["objective"] = {"name": "consistentee", **options}
+    recipe_table["loop"] |= {"max_train_rows": 32}
+    recipe_table["distillation"] = {"teacher": str(checkpoint), "teacher_weight": 0.5}
+    recipe, output = make_recipe(recipe_table), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("offramp_training.fit.calibrate_checkpoint", die)
+        with pytest.raises(Killed):
+            fit(recipe, output, data=str(data))
+    assert done == ["opened", "ran"]
+    fit(recipe, output, data=str(data))
+    assert done == ["opened", "ran", "opened"]  # only calibration was left
+    done.clear()
+    grid = parse_grid(["loop.seed=[0]"])
+    (one,) = sweep(recipe_table, grid, tmp_path / "sweep", data=str(data))
+    assert one.finished
+    assert done == ["opened", "opened", "ran"]  # by the check of the whole sweep, and by fit
 
 
 def test_a_sweep_over_its_weights(
@@ -502,7 +576,7 @@ def test_a_sweep_over_its_weights(
 
 
 def test_no_teacher_and_no_weights_ask_for_nothing(data: Path) -> None:
-    made = make_distillation(
-        make_recipe({}).distillation, load_split(str(data), "train"), torch.device("cpu")
-    )
+    recipe, rows = make_recipe({}), load_split(str(data), "train")
+    assert open_teacher(recipe, rows.label_names) == (recipe, None)
+    made = make_distillation(recipe.distillation, None, rows, torch.device("cpu"))
     assert made == Distillation(0.0, 0.0, 2.0, None)

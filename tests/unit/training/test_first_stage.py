@@ -1,6 +1,7 @@
 """A first stage that several runs share: the bits of each run alone, whatever dies on the way."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,38 @@ def test_a_sweep_that_dies_anywhere_ends_the_same(
     for alpha in ALPHAS:
         assert_same_bits(weights(output / f"objective.alpha={alpha}"), weights(alone[alpha]))
     assert not (output / ".first-stages").exists()
+
+
+def test_a_first_stage_is_shared_with_the_same_teacher_only(
+    table: dict[str, Any], checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    other = shutil.copytree(checkpoint, tmp_path / "other")  # of the same weights
+    manifest = json.loads((other / "offramp.json").read_text())
+    manifest["model"]["max_length"] = 4
+    (other / "offramp.json").write_text(json.dumps(manifest))
+    table["distillation"] = {"teacher_weight": 0.7}
+    points = [(checkpoint, 0.05), (moved, 0.4), (other, 0.4)]
+    grid = {
+        "distillation.teacher": [str(checkpoint), str(moved), str(other)],
+        "objective.alpha": [alpha for _, alpha in points[:2]],
+    }
+    output = tmp_path / "out"
+    sweep(table, grid, output, data=str(data))
+    made = json.loads((output / "sweep.json").read_text())["points"]
+    by_point = {tuple(one["settings"].values()): one for one in made}
+    first, second, third = (by_point[str(teacher), alpha] for teacher, alpha in points)
+    assert first["first_stage"] == "own"
+    assert second["first_stage"] == first["name"]
+    assert third["first_stage"] == by_point[str(other), 0.05]["name"]
+    assert by_point[str(other), 0.05]["first_stage"] == "own"
+
+    table["distillation"]["teacher"] = str(moved)
+    table["objective"]["alpha"] = 0.4
+    by_itself = fit(make_recipe(table), tmp_path / "alone", data=str(data), calibrate=False)
+    assert_same_bits(weights(output / second["name"]), weights(by_itself))
+    with pytest.raises(AssertionError):
+        assert_same_bits(weights(output / third["name"]), weights(by_itself))
 
 
 # ---- one run with another's stage ----------------------------------------------------------------

@@ -5,6 +5,7 @@ Threads stand in for processes, over a transport that meets at a barrier; the re
 """
 
 import copy
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from offramp_model.checkpoint import Checkpoint
 from offramp_model.tokenizer import TextTokenizer
 from offramp_training import processes as module
 from offramp_training.__main__ import main
@@ -26,12 +28,14 @@ from offramp_training.data import load_split
 from offramp_training.errors import DataError, RecipeError, TrainingError
 from offramp_training.loop import exit_accuracies
 from offramp_training.model import build_model
-from offramp_training.objectives import Progress, Stage
+from offramp_training.objectives import OBJECTIVES, Progress, Stage
 from offramp_training.objectives.cosee import SignalRange
 from offramp_training.objectives.ensemble import diversity
+from offramp_training.objectives.row_losses import Distillation, RowLogits
 from offramp_training.objectives.row_memory import RowMemory
 from offramp_training.optimiser import make_optimiser
 from offramp_training.processes import ALONE, DEAL, Group, Processes, own_places, weight
+from offramp_training.teacher import last_exit, make_distillation, open_teacher
 
 ROWS, COUNTS = st.integers(1, 70), st.integers(2, 9)
 
@@ -205,8 +209,11 @@ def rows(backbone: Path, data: Path) -> EncodedRows:
     return EncodedRows.of(load_split(str(data), "train"), tokenizer, 0)
 
 
-def make_stages(backbone: Path, rows: EncodedRows, batch_size: int, **options: Any) -> list[Stage]:
-    """All of an objective's stages, over one model without dropout and with heads that differ."""
+def make_stages(
+    backbone: Path, rows: EncodedRows, batch_size: int, *, distils: bool = False, **options: Any
+) -> list[Stage]:
+    """All of an objective's stages, over one model without dropout and with heads that differ;
+    with soft targets of both kinds, if wanted."""
     table = {
         "model": {"backbone": str(backbone), "max_length": 16},
         "objective": options,
@@ -220,6 +227,9 @@ def make_stages(backbone: Path, rows: EncodedRows, batch_size: int, **options: A
     model.eval()
     for stage in stages:
         stage.optimiser = make_optimiser(stage, recipe.optimiser)
+        if distils:
+            answers = torch.randn(len(rows), 3, generator=torch.Generator().manual_seed(1))
+            stage.distillation = Distillation(0.3, 0.4, 2.0, RowLogits(rows.ids, 2 * answers))
     return stages
 
 
@@ -259,6 +269,10 @@ def objectives() -> Iterator[Any]:
     for centring, count, batch in (("mat", 2, 10), ("row", 3, 12), ("mat", 3, 2), ("col", 2, 8)):
         options = {"name": "l2w", "centring": centring, "meta_lr": 1e-2, "negative_weights": "clip"}
         yield pytest.param(options, count, batch, id=f"l2w-{centring}-{batch}-over-{count}")
+    for name in OBJECTIVES:
+        count, batch = (2, 10) if name == "l2w" else (2, 7)
+        options = {"name": name, "distils": True}
+        yield pytest.param(options, count, batch, id=f"{name}-distilled-{batch}-over-{count}")
 
 
 @pytest.mark.parametrize(("options", "count", "batch"), list(objectives()))
@@ -274,6 +288,10 @@ def test_shares_together_have_the_gradients_of_the_batch(
     stages = make_stages(backbone, rows, len(places), **options)
     copies = [copy.deepcopy(stages) for _ in range(count)]
     expected = descend(stages, rows, places, ALONE)
+    if options.get("distils"):
+        plain = make_stages(backbone, rows, len(places), name=options["name"])
+        (labels_only, *_), (mixed, *_) = descend(plain, rows, places, ALONE), expected
+        assert not torch.isclose(labels_only["loss"], mixed["loss"])
     assert any(value.ne(0).any() for value in expected[-1].values())
 
     def work(processes: Processes) -> Any:
@@ -290,6 +308,56 @@ def test_shares_together_have_the_gradients_of_the_batch(
             theirs, ours = copied[0].state_dict()["network"], stages[0].state_dict()["network"]
             for name, value in ours.items():
                 torch.testing.assert_close(theirs[name], value, atol=0, rtol=0)
+
+
+def test_the_main_process_runs_the_teacher_for_all(
+    checkpoint: Path,
+    data: Path,
+    together: Callable[..., list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = load_split(str(data), "train").take(range(40))
+    table = {"distillation": {"teacher": str(checkpoint), "teacher_weight": 0.5}}
+    recipe, opened = open_teacher(make_recipe(table), rows.label_names)
+    assert opened is not None
+    cpu, ids = torch.device("cpu"), torch.tensor([row.id for row in rows.rows])
+    answers, ran = last_exit(opened, rows, cpu), 0
+
+    def watched(*arguments: Any) -> Tensor:
+        nonlocal ran
+        ran += 1
+        return last_exit(*arguments)
+
+    monkeypatch.setattr("offramp_training.teacher.last_exit", watched)
+
+    def work(processes: Processes) -> Distillation:
+        # Files may be missing where the main process is not; those that it has count.
+        mine = opened if processes.is_main else Checkpoint(data, opened.manifest, {})
+        return make_distillation(recipe.distillation, mine, rows, cpu, processes)
+
+    for made in together(3, work):
+        assert isinstance(made, Distillation), repr(made)
+        assert made.teacher is not None
+        assert made.teacher.of(ids).equal(answers)
+    assert ran == 1
+
+
+def test_a_teacher_that_fails_in_the_main_process_fails_in_all(
+    checkpoint: Path, data: Path, together: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    rows = load_split(str(data), "train").take(range(8))
+    gone = shutil.copytree(checkpoint, tmp_path / "gone")
+    table = {"distillation": {"teacher": str(gone), "teacher_weight": 0.5}}
+    recipe, opened = open_teacher(make_recipe(table), rows.label_names)
+    (gone / "exits.safetensors").unlink()
+
+    def work(processes: Processes) -> Distillation:
+        cpu = torch.device("cpu")
+        return make_distillation(recipe.distillation, opened, rows, cpu, processes)
+
+    for error in together(2, work):
+        assert isinstance(error, RecipeError), repr(error)
+        assert f"distillation.teacher = {str(gone)!r}: " in str(error)
 
 
 def test_the_nearest_exit_is_that_of_the_whole_batch(together: Callable[..., list[Any]]) -> None:

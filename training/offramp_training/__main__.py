@@ -21,7 +21,7 @@ from rich.console import Console
 
 from offramp_model.checkpoint import DTYPES, CheckpointError, Manifest, load_checkpoint
 from offramp_model.policies import POLICIES, supported_policies
-from offramp_training.config import make_recipe, read_recipe, read_table
+from offramp_training.config import parse_recipe, read_recipe, read_table
 from offramp_training.data import Columns, Dataset, load_split
 from offramp_training.errors import DataError, OutputError, RecipeError, SweepError, TrainingError
 from offramp_training.objectives import OBJECTIVES
@@ -170,7 +170,7 @@ def _check_target(option: str, path: Path | None, suffixes: Sequence[str] | None
 
 def _rows(options: argparse.Namespace, manifest: Manifest) -> Dataset:
     """The rows that --data and --split name, read as the checkpoint's recipe says."""
-    recipe = make_recipe(dict(manifest.objective.parameters))
+    recipe = parse_recipe(dict(manifest.objective.parameters))
     if options.split == "held_out":
         from offramp_training.fit import choose_rows
 

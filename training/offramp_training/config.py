@@ -7,7 +7,7 @@ depends on those is checked as soon as they are known, still before the first st
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -76,8 +76,8 @@ class DistillationSection(Section):
     teacher: str | None = None  # directory of a finished checkpoint with the same labels
     teacher_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
     temperature: Positive = 2.0  # of both targets and of the exits beside them
-    # The teacher's weights, as its offramp.json has them. None: whatever lies there; a checkpoint's
-    # record has them filled in.
+    # What the teacher is: all that its answers follow from (`teacher.hashes_of`). None: whatever
+    # lies there; a checkpoint's record has it filled in.
     teacher_sha256: dict[str, str] | None = None
 
     @model_validator(mode="after")
@@ -184,6 +184,51 @@ def read_table(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
 
 def make_recipe(table: dict[str, Any]) -> Recipe:
     """A checked recipe; a `RecipeError` names each wrong key, its value and what is allowed."""
+    recipe = parse_recipe(table)
+    refuse_without_effect([recipe])
+    return recipe
+
+
+def refuse_without_effect(recipes: Sequence[Recipe]) -> None:
+    """No key may be given that does nothing in any of the recipes, which are the points of a sweep
+    or one alone."""
+    first, *others = (_without_effect(recipe) for recipe in recipes)
+    for key, finding in first.items():
+        if all(key in other for other in others):
+            raise RecipeError(finding)
+
+
+def _without_effect(recipe: Recipe) -> dict[str, str]:
+    """Keys that were given and do nothing, with what is allowed. A default is passed over beside
+    the key that it depends on: that is how records of runs have it."""
+    model, soft = recipe.model, recipe.distillation
+    found = {}
+    for section, key, used, depends_on, allowed in (
+        (
+            model,
+            "model.attention_heads",
+            model.pooling == "attention",
+            {"pooling"},
+            f"with model.pooling = 'attention', which is {model.pooling!r}",
+        ),
+        (
+            soft,
+            "distillation.temperature",
+            soft.self_weight + soft.teacher_weight > 0,
+            {"self_weight", "teacher_weight"},
+            "with distillation.self_weight or distillation.teacher_weight above 0",
+        ),
+    ):
+        name = key.rpartition(".")[2]
+        value, given = getattr(section, name), section.model_fields_set
+        is_default = value == type(section).model_fields[name].default
+        if name in given and not used and not (is_default and given & depends_on):
+            found[key] = f"{key} = {value!r} has no effect; allowed: {allowed}"
+    return found
+
+
+def parse_recipe(table: dict[str, Any]) -> Recipe:
+    """A recipe of allowed values, some of which may do nothing, as in the record of a run."""
     try:
         return Recipe.model_validate({**table, "objective": _make_objective(table)})
     except ValidationError as error:
@@ -242,8 +287,10 @@ __all__ = [
     "Recipe",
     "apply_override",
     "make_recipe",
+    "parse_recipe",
     "read_recipe",
     "read_table",
+    "refuse_without_effect",
     "set_value",
     "toml_value",
 ]

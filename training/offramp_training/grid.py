@@ -14,7 +14,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from offramp_training.config import Recipe, make_recipe, set_value, toml_value
+from offramp_training.config import (
+    Recipe,
+    parse_recipe,
+    refuse_without_effect,
+    set_value,
+    toml_value,
+)
 from offramp_training.errors import RecipeError
 
 SEED = "loop.seed"
@@ -75,9 +81,10 @@ def make_points(table: dict[str, Any], grid: dict[str, list[Any]]) -> list[Point
         try:
             for key, value in settings.items():
                 set_value(changed, key, value)
-            points.append(Point(name, settings, make_recipe(changed)))
+            points.append(Point(name, settings, parse_recipe(changed)))
         except RecipeError as error:
             raise RecipeError(f"point {name}: {error}") from None
+    refuse_without_effect([point.recipe for point in points])
     names = [point.name for point in points]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

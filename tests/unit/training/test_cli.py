@@ -68,6 +68,16 @@ def test_fit_evaluate_calibrate_inspect(
     assert "held_out" in shown
 
 
+def test_a_record_with_a_key_that_did_nothing_is_read(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(checkpoint, tmp_path / "point of a sweep")
+    manifest = json.loads((copied / "offramp.json").read_text())
+    manifest["objective"]["parameters"]["model"]["attention_heads"] = 8
+    (copied / "offramp.json").write_text(json.dumps(manifest))
+    assert main(["evaluate", str(copied), "--data", str(data), "--policy", "entropy"]) == 0
+
+
 def test_fit_refuses_before_any_work(
     recipe: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

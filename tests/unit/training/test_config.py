@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 
-from offramp_training.config import apply_override, make_recipe, read_recipe
+from offramp_training.config import (
+    apply_override,
+    make_recipe,
+    parse_recipe,
+    read_recipe,
+    read_table,
+)
 from offramp_training.errors import RecipeError
 
 RECIPES = Path(__file__).parents[3] / "training" / "recipes"
@@ -55,6 +61,39 @@ def test_wrong_values_are_named(table: dict[str, Any], parts: list[str]) -> None
         make_recipe(table)
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.attention_heads=8"], "model.attention_heads = 8 has no effect; allowed: with "
+         "model.pooling = 'attention', which is 'mean'"),
+        (["model.attention_heads=4"], "model.attention_heads = 4 has no effect"),  # the default
+        (["model.pooling=cls", "model.attention_heads=8"], "'attention', which is 'cls'"),
+        (["distillation.temperature=4"], "distillation.temperature = 4.0 has no effect; allowed: "
+         "with distillation.self_weight or distillation.teacher_weight above 0"),
+        (["distillation.temperature=2"], "distillation.temperature = 2.0 has no effect"),
+        (["distillation.temperature=4", "distillation.self_weight=0"], "above 0"),
+    ],
+)  # fmt: skip
+def test_what_would_have_no_effect_is_refused(
+    tmp_path: Path, overrides: list[str], says: str
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[loop]\nepochs = 1\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(recipe, overrides)
+    assert says in str(caught.value)
+    # The record of such a run, as a point of a sweep may leave it, can still be read.
+    kept = parse_recipe(read_table(recipe, overrides))
+    assert parse_recipe(kept.as_dict()) == kept
+
+
+def test_what_has_an_effect_stays() -> None:
+    heads = make_recipe({"model": {"pooling": "attention", "attention_heads": 8}})
+    soft = make_recipe({"distillation": {"self_weight": 0.1, "temperature": 4.0}})
+    for recipe in (heads, soft):
+        assert make_recipe(recipe.as_dict()) == recipe
 
 
 def test_overrides_are_toml_values_and_bare_words_are_strings() -> None:

@@ -48,6 +48,16 @@ def test_a_grid_is_every_combination_and_seeds_change_fastest() -> None:
     assert make_points({}, parse_grid([], "3"))[0].configuration == {}
 
 
+def test_a_point_may_leave_a_key_without_effect_but_not_all_of_them() -> None:
+    for key, table, others in (
+        ("model.pooling", {"model": {"attention_heads": 8}}, ("mean", "attention")),
+        ("distillation.self_weight", {"distillation": {"temperature": 4.0}}, (0.0, 0.5)),
+    ):
+        assert len(make_points(table, {key: list(others)})) == 2
+        with pytest.raises(RecipeError, match=r" has no effect; allowed: with (model|distill)"):
+            make_points(table, {key: [others[0]], "loop.seed": [0, 1]})
+
+
 def test_any_value_names_a_directory_of_its_own() -> None:
     weights = [[1.0, 2.0, 3.0], [1.0, 2.0, 4.0]]
     backbones = ["/somewhere/else", "/somewhere_else", "x" * 300, "x" * 301]

@@ -38,6 +38,7 @@ from offramp_training.evaluate import default_policies, record_dataset
 from offramp_training.first_stage import FirstStage
 from offramp_training.fit import FitData, choose_rows, first_stage_identity, fit, is_finished
 from offramp_training.statistics import accuracy_at, area
+from offramp_training.teacher import open_teacher
 
 HERE = Path(__file__).parent
 TEACHER = "distillation.teacher"
@@ -299,7 +300,8 @@ def shared_first_stage(work: Path, run: Run, recipe: Recipe, rows: FitData) -> F
     alpha's is all alphas'."""
     if not recipe.objective.not_in_first_stage:
         return None
-    name = _hash(first_stage_identity(recipe, rows))
+    pinned, _ = open_teacher(recipe, rows.train.label_names)
+    name = _hash(first_stage_identity(pinned, rows))
     return FirstStage(work / "first-stages" / name[:16], run.name)
 
 

@@ -18,7 +18,7 @@ CPU_INDEX=https://download.pytorch.org/whl/cpu
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
-extras=train,serve,dev
+extras=train,serve,onnx,dev
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
     extras=$extras,gpu
     pip install --quiet "torch==$TORCH"

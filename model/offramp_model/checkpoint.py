@@ -1,9 +1,10 @@
 """Checkpoints on disk: what training writes, what the service reads, and every check between.
 
 A checkpoint is a directory that `AutoModel` and `AutoTokenizer` open, plus `exits.safetensors`
-(the exit heads) and `offramp.json` (the manifest). Only safetensors and JSON are ever read; there
-is no pickle and no code in a checkpoint. Writing goes to a temporary name and is renamed at the
-end, so a checkpoint is whole or absent.
+(the exit heads) and `offramp.json` (the manifest). Exported for ONNX Runtime it has graphs in place
+of the backbone's weights, and everything else as it was. Only safetensors, JSON and ONNX's own
+format are ever read; there is no pickle and no code in a checkpoint. Writing goes to a temporary
+name and is renamed at the end, so a checkpoint is whole or absent.
 
 This module knows nothing about training, requests, or how tables are made.
 """
@@ -15,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -30,9 +31,15 @@ from offramp_model.heads import ExitHeads
 from offramp_model.policies import POLICIES, supported_policies
 from offramp_model.tokenizer import TextTokenizer
 
+if TYPE_CHECKING:
+    from offramp_model.onnx_stack import OnnxStack
+
 FORMAT_VERSION = 1
 MANIFEST, BACKBONE, EXITS = "offramp.json", "model.safetensors", "exits.safetensors"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+EMBEDDINGS, SEGMENT = "embeddings.onnx", "segment-{}.onnx"  # by exit layer
+
+Backend = Literal["torch", "onnx"]
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -66,6 +73,29 @@ class DataRecord(BaseModel):
     held_out_fingerprint: str = ""
 
 
+class ActivationRecord(BaseModel):
+    """The rows on which the scales of int8 activations were measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    split: str
+    rows: Annotated[int, Field(ge=1)]
+    data_fingerprint: str
+
+
+class GraphRecord(BaseModel):
+    """What the ONNX graphs are: their dtype, the checkpoint that they came from (`source`, its
+    `version`), and the sizes of the embedding tables."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: Literal["float32", "int8"]
+    source: str
+    vocab_size: Annotated[int, Field(ge=1)]
+    max_positions: Annotated[int, Field(ge=1)]
+    activations: ActivationRecord | None = None
+
+
 class Manifest(BaseModel):
     """`offramp.json`: everything about a checkpoint that is not a tensor."""
 
@@ -83,8 +113,17 @@ class Manifest(BaseModel):
     data: DataRecord
     versions: dict[str, str] = {}
     sha256: dict[str, str] = {}
+    graphs: GraphRecord | None = None  # exported for ONNX Runtime
     evaluation: dict[str, JsonValue] = {}
     calibration: tuple[CalibrationTable, ...] = ()
+
+    @property
+    def tensor_files(self) -> tuple[str, ...]:
+        """The files with weights in them, whose hashes are kept."""
+        if self.graphs is None:
+            return BACKBONE, EXITS
+        segments = (SEGMENT.format(layer) for layer in self.model.exit_layers)
+        return EMBEDDINGS, *segments, EXITS
 
 
 class Checkpoint:
@@ -100,8 +139,18 @@ class Checkpoint:
     @property
     def version(self) -> str:
         """Short content hash: changes with the weights, not with tables or reports."""
-        both = self.manifest.sha256[BACKBONE] + self.manifest.sha256[EXITS]
-        return hashlib.sha256(both.encode()).hexdigest()[:12]
+        hashes = "".join(self.manifest.sha256[name] for name in self.manifest.tensor_files)
+        return hashlib.sha256(hashes.encode()).hexdigest()[:12]
+
+    @property
+    def backend(self) -> Backend:
+        """What runs it."""
+        return "torch" if self.manifest.graphs is None else "onnx"
+
+    @property
+    def dtype(self) -> str:
+        """What it runs in unless told otherwise; graphs run in no other."""
+        return "float32" if self.manifest.graphs is None else self.manifest.graphs.dtype
 
     def tokenizer(self, max_length: int | None = None) -> TextTokenizer:
         """The tokenizer, for texts of at most `max_length` tokens (default: the model's limit).
@@ -117,33 +166,102 @@ class Checkpoint:
     def stack(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> PackedEncoder:
-        """Read the weights as a `LayerStack`.
+        """Read the weights as a `LayerStack` in torch.
 
         Raises:
-            CheckpointError: a tensor is missing or has the wrong shape, or the tokenizer and the
-                model do not fit one another.
+            CheckpointError: it is exported, a tensor is missing or has the wrong shape, or the
+                tokenizer and the model do not fit one another.
         """
-        heads = _heads_to_fill(self.model)
-        heads.load_state_dict(_read_tensors(self.directory / EXITS))
+        if self.backend != "torch":
+            raise CheckpointError(
+                f"{self.directory} holds ONNX graphs and no {BACKBONE}; backend: {self.backend}"
+            )
         with safe_open(self.directory / BACKBONE, framework="pt") as tensors:
             try:
                 stack = PackedEncoder(
-                    self.backbone, tensors.get_tensor, heads, self.model, device=device, dtype=dtype
+                    self.backbone,
+                    tensors.get_tensor,
+                    self.heads(),
+                    self.model,
+                    device=device,
+                    dtype=dtype,
                 )
             except (ValueError, SafetensorError) as error:
                 raise CheckpointError(f"{self.directory / BACKBONE}: {error}") from error
+        self._check_sizes(stack.vocab_size, stack.max_positions)
+        return stack
+
+    def onnx_stack(self, *, threads: int | None = None) -> "OnnxStack":
+        """Open the graphs as a `LayerStack` in ONNX Runtime.
+
+        Raises:
+            CheckpointError: it has no graphs, or some that cannot be run; or onnxruntime is not
+                installed.
+        """
+        graphs = self.manifest.graphs
+        if graphs is None:
+            raise CheckpointError(
+                f"{self.directory} holds no ONNX graphs; make them with "
+                "`offramp-train export --format onnx`"
+            )
+        self._check_sizes(graphs.vocab_size, graphs.max_positions)
+        from offramp_model.onnx_stack import OnnxStack
+
+        try:
+            return OnnxStack(
+                self.directory / EMBEDDINGS,
+                {layer: self.directory / SEGMENT.format(layer) for layer in self.model.exit_layers},
+                self.heads(),
+                self.model,
+                vocab_size=graphs.vocab_size,
+                max_positions=graphs.max_positions,
+                threads=threads,
+            )
+        except ImportError as error:
+            raise CheckpointError(
+                f"{self.directory} runs in onnxruntime, which is not installed: "
+                "pip install 'offramp[onnx]'"
+            ) from error
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+
+    def any_stack(
+        self, dtype: str | None = None, *, threads: int | None = None
+    ) -> "PackedEncoder | OnnxStack":
+        """The stack of the checkpoint's own backend, on the CPU.
+
+        Raises:
+            CheckpointError: see `stack` and `onnx_stack`; or it cannot be run in `dtype`.
+        """
+        dtype = dtype or self.dtype
+        allowed = tuple(DTYPES) if self.backend == "torch" else (self.dtype,)
+        if dtype not in allowed:
+            raise CheckpointError(
+                f"{self.directory} cannot be run in {dtype}; backend {self.backend} has: "
+                f"{', '.join(allowed)}"
+            )
+        if self.backend == "onnx":
+            return self.onnx_stack(threads=threads)
+        return self.stack(dtype=DTYPES[dtype])
+
+    def heads(self) -> ExitHeads:
+        """The exit heads, with their weights."""
+        heads = _heads_to_fill(self.model)
+        heads.load_state_dict(_read_tensors(self.directory / EXITS))
+        return heads
+
+    def _check_sizes(self, vocab_size: int, max_positions: int) -> None:
         largest_id = self.tokenizer().largest_id
-        if largest_id >= stack.vocab_size:
+        if largest_id >= vocab_size:
             raise CheckpointError(
                 f"{self.directory / TOKENIZER} gives ids up to {largest_id}, but the backbone has "
-                f"embeddings for {stack.vocab_size} ids only"
+                f"embeddings for {vocab_size} ids only"
             )
-        if stack.max_positions < self.model.max_length:
+        if max_positions < self.model.max_length:
             raise CheckpointError(
                 f"max_length is {self.model.max_length}, but the backbone has positions for "
-                f"{stack.max_positions} tokens only"
+                f"{max_positions} tokens only"
             )
-        return stack
 
     def table(
         self, policy: str, *, backend: str = "torch", dtype: str = "float32"
@@ -174,10 +292,10 @@ def load_checkpoint(directory: Path | str) -> Checkpoint:
     """
     directory = Path(directory)
     manifest = _read_manifest(directory / MANIFEST)
-    for name in (CONFIG, TOKENIZER, BACKBONE, EXITS):
+    for name in (CONFIG, TOKENIZER, *manifest.tensor_files):
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory} has no {name}: it is not a whole checkpoint")
-    for name in (BACKBONE, EXITS):
+    for name in manifest.tensor_files:
         _check_hash(directory / name, manifest.sha256.get(name))
     _check_heads(directory / EXITS, manifest.model)
     backbone = _read_json(directory / CONFIG)
@@ -199,8 +317,8 @@ def write_checkpoint(
 
     Args:
         directory: must not exist yet, or be an empty directory.
-        fill: writes `config.json`, the tokenizer's files and `model.safetensors` (and whatever
-            else belongs in it) into the directory that it is given.
+        fill: writes `config.json`, the tokenizer's files and `model.safetensors`, or the graphs
+            (and whatever else belongs in it) into the directory that it is given.
         exits: the state dict of the exit heads.
         manifest: hashes are filled in here.
 
@@ -216,12 +334,12 @@ def write_checkpoint(
         part.mkdir()
         fill(part)
         save_file({key: value.contiguous() for key, value in exits.items()}, part / EXITS)
-        hashes = {file: file_sha256(part / file) for file in (BACKBONE, EXITS)}
+        hashes = {file: file_sha256(part / file) for file in manifest.tensor_files}
         _write_manifest(part / MANIFEST, manifest.model_copy(update={"sha256": hashes}))
         for file in part.iterdir():
             if file.is_file():
                 file.chmod(0o644)  # safetensors writes 0600; the service may be another user
-        load_checkpoint(part).stack()
+        load_checkpoint(part).any_stack()
         if directory.exists():
             directory.rmdir()
         part.rename(directory)

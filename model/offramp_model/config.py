@@ -88,6 +88,15 @@ class MultiExitConfig(BaseModel):
         """Is there a learned gate at every exit but the last?"""
         return self.gate_hidden is not None
 
+    def segment(self, exit_layer: int) -> range:
+        """0-based layers after the previous exit, up to and with the one before this exit.
+
+        Raises:
+            ValueError: there is no exit after that layer.
+        """
+        index = self.exit_index(exit_layer)
+        return range(self.exit_layers[index - 1] if index else 0, exit_layer)
+
     def exit_index(self, exit_layer: int) -> int:
         """0-based position of an exit layer among the exits.
 

@@ -45,7 +45,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Linear:
+class Linear:
     weight: Tensor  # [out, in]
     bias: Tensor  # [out]
 
@@ -54,7 +54,7 @@ class _Linear:
 
 
 @dataclass(frozen=True, slots=True)
-class _Norm:
+class Norm:
     weight: Tensor  # [H]
     bias: Tensor  # [H]
     eps: float
@@ -64,15 +64,15 @@ class _Norm:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
     """One post-LayerNorm encoder layer over packed tokens."""
 
-    qkv: _Linear  # query, key and value in one product, [3H, H]
-    attention_out: _Linear
-    attention_norm: _Norm
-    ffn_in: _Linear
-    ffn_out: _Linear
-    ffn_norm: _Norm
+    qkv: Linear  # query, key and value in one product, [3H, H]
+    attention_out: Linear
+    attention_norm: Norm
+    ffn_in: Linear
+    ffn_out: Linear
+    ffn_norm: Norm
     num_heads: int
     activation: Callable[[Tensor], Tensor]
 
@@ -94,14 +94,14 @@ class _Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Embeddings:
+class Embeddings:
     """Word + position (+ type) embeddings, LayerNorm, and ELECTRA's projection if there is one."""
 
     words: Tensor  # [V, E]
     positions: Tensor  # [P, E]
     types: Tensor | None  # [2, E]
-    norm: _Norm
-    projection: _Linear | None  # E → H
+    norm: Norm
+    projection: Linear | None  # E → H
     first_position: int
 
     @property
@@ -118,7 +118,7 @@ class _Embeddings:
         return x if self.projection is None else self.projection(x)
 
 
-class _Reader:
+class BackboneReader:
     """Reads a backbone's tensors under its family's names, checks shapes, casts to the dtype."""
 
     def __init__(
@@ -150,21 +150,21 @@ class _Reader:
             )
         return tensor.to(self._device, self._dtype)
 
-    def linear(self, *names: str, inputs: int, outputs: int) -> _Linear:
+    def linear(self, *names: str, inputs: int, outputs: int) -> Linear:
         """One linear layer; several names of the same shape are stacked along the output."""
         weights = [self.tensor(f"{name}.weight", outputs, inputs) for name in names]
         biases = [self.tensor(f"{name}.bias", outputs) for name in names]
-        return _Linear(torch.cat(weights), torch.cat(biases))
+        return Linear(torch.cat(weights), torch.cat(biases))
 
-    def norm(self, name: str, width: int) -> _Norm:
+    def norm(self, name: str, width: int) -> Norm:
         weight, bias = self.tensor(f"{name}.weight", width), self.tensor(f"{name}.bias", width)
-        return _Norm(weight, bias, self._eps)
+        return Norm(weight, bias, self._eps)
 
-    def layer(self, layer_index: int) -> _Layer:
+    def layer(self, layer_index: int) -> Layer:
         prefix = self._family.layer_prefix.format(layer_index)
         names, width, inner = self._family.layer, self._width, self._inner
         qkv = [prefix + name for name in (names.query, names.key, names.value)]
-        return _Layer(
+        return Layer(
             qkv=self.linear(*qkv, inputs=width, outputs=width),
             attention_out=self.linear(prefix + names.attention_out, inputs=width, outputs=width),
             attention_norm=self.norm(prefix + names.attention_norm, width),
@@ -175,7 +175,7 @@ class _Reader:
             activation=self._activation,
         )
 
-    def embeddings(self) -> _Embeddings:
+    def embeddings(self) -> Embeddings:
         # ELECTRA may embed into a smaller width and project.
         inner = int(self._backbone.get("embedding_size") or self._width)
         padding = int(self._backbone.get("pad_token_id") or 0)
@@ -184,7 +184,7 @@ class _Reader:
             types = self.tensor("embeddings.token_type_embeddings.weight", None, inner)
         if inner != self._width:
             projection = self.linear("embeddings_project", inputs=inner, outputs=self._width)
-        return _Embeddings(
+        return Embeddings(
             words=self.tensor("embeddings.word_embeddings.weight", None, inner),
             positions=self.tensor("embeddings.position_embeddings.weight", None, inner),
             types=types,
@@ -196,6 +196,8 @@ class _Reader:
 
 class PackedEncoder:
     """A `LayerStack` over the weights of a BERT-family backbone and its exit heads.
+
+    `embeddings` and `layers` are what it runs, for whoever writes the same in another form.
 
     Args:
         backbone: the backbone's `config.json`.
@@ -222,11 +224,11 @@ class PackedEncoder:
     ) -> None:
         check_backbone(backbone, config)
         family = family_of(backbone)
-        reader = _Reader(source, family, backbone, device, dtype)
+        reader = BackboneReader(source, family, backbone, device, dtype)
         self._config = config
         self._heads = heads.to(device).float().eval().requires_grad_(False)
-        self._embeddings = reader.embeddings()
-        self._layers = [reader.layer(index) for index in range(config.num_layers)]
+        self.embeddings = reader.embeddings()
+        self.layers = [reader.layer(index) for index in range(config.num_layers)]
 
     @property
     def num_layers(self) -> int:
@@ -243,33 +245,27 @@ class PackedEncoder:
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding table: ids are 0 … vocab_size - 1."""
-        return self._embeddings.words.shape[0]
+        return self.embeddings.words.shape[0]
 
     @property
     def max_positions(self) -> int:
         """Longest text, in tokens with specials, that the position table allows."""
-        return self._embeddings.max_positions
+        return self.embeddings.max_positions
 
     @torch.inference_mode()
     def embed(self, batch: TokenBatch) -> PackedTokens:
         """Token ids → hidden states before the first layer."""
-        return PackedTokens(self._embeddings(batch), batch.cu_seqlens)
+        return PackedTokens(self.embeddings(batch), batch.cu_seqlens)
 
     @torch.inference_mode()
     def segment(self, exit_layer: int, hidden: PackedTokens) -> PackedTokens:
-        index = self._config.exit_index(exit_layer)
-        first = self._config.exit_layers[index - 1] if index else 0
-        for layer_index in range(first, exit_layer):
-            hidden = self._layers[layer_index](hidden)
+        for layer_index in self._config.segment(exit_layer):
+            hidden = self.layers[layer_index](hidden)
         return hidden
 
     @torch.inference_mode()
     def exit_head(self, exit_layer: int, hidden: PackedTokens) -> HeadOutput:
-        index = self._config.exit_index(exit_layer)
-        state = self._heads.state(index, self._heads.pool_packed(index, hidden).float())
-        return HeadOutput(
-            self._heads.classify(index, state), self._heads.exit_probability(index, state)
-        )
+        return self._heads.answer(self._config.exit_index(exit_layer), hidden)
 
 
 def check_backbone(backbone: dict[str, Any], config: MultiExitConfig) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp_model.config import MultiExitConfig
+from offramp_model.policies import HeadOutput
 from offramp_model.pooling import make_pooling, pool_packed
 from offramp_model.rows import PackedTokens
 
@@ -86,6 +87,14 @@ class ExitHeads(nn.Module):
     def pool_packed(self, exit_index: int, hidden: PackedTokens) -> Tensor:
         """Packed hidden states [T, H] → pooled [n, P], the same without padding."""
         return pool_packed(self.poolings[exit_index], hidden)
+
+    def answer(self, exit_index: int, hidden: PackedTokens) -> HeadOutput:
+        """What the exit at 0-based `exit_index` says of packed hidden states; they are pooled in
+        their own dtype, the rest is float32."""
+        state = self.state(exit_index, self.pool_packed(exit_index, hidden).float())
+        return HeadOutput(
+            self.classify(exit_index, state), self.exit_probability(exit_index, state)
+        )
 
     def forward(self, exit_index: int, pooled: Tensor) -> Tensor:
         """Pooled states [n, P] of the exit at 0-based `exit_index` → logits [n, C]."""

@@ -20,6 +20,10 @@ class FirstToken(nn.Module):
         """[rows, S, H] → [rows, H]."""
         return hidden[:, 0]
 
+    def packed(self, hidden: PackedTokens) -> Tensor:
+        """Packed [T, H] → [rows, H]."""
+        return hidden.values[hidden.cu_seqlens[:-1].long()]
+
 
 class Mean(nn.Module):
     """The mean of the real tokens, specials among them."""
@@ -30,6 +34,12 @@ class Mean(nn.Module):
             return hidden.mean(dim=1)
         weights = mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+
+    def packed(self, hidden: PackedTokens) -> Tensor:
+        """Packed [T, H] → [rows, H], all in one call; bags of tokens are added up one by one."""
+        tokens = torch.arange(len(hidden.values), device=hidden.values.device)
+        starts = hidden.cu_seqlens[:-1].long()
+        return F.embedding_bag(tokens, hidden.values, starts, mode="mean")
 
 
 class Max(nn.Module):
@@ -76,6 +86,10 @@ class Joined(nn.Module):
         """[rows, S, H], where padded with a 0/1 mask [rows, S] → [rows, 2H]."""
         return torch.cat([self.first(hidden, mask), self.second(hidden, mask)], dim=-1)
 
+    def packed(self, hidden: PackedTokens) -> Tensor:
+        """Packed [T, H] → [rows, 2H]."""
+        return torch.cat([pool_packed(self.first, hidden), pool_packed(self.second, hidden)], -1)
+
 
 def make_pooling(config: MultiExitConfig) -> nn.Module:
     """A fresh pooling of the configured form, for one exit: vectors of `config.pooled_size`."""
@@ -95,9 +109,12 @@ def make_pooling(config: MultiExitConfig) -> nn.Module:
 def pool_packed(pooling: nn.Module, hidden: PackedTokens) -> Tensor:
     """Packed [T, H] → [n, P], what `pooling` gives for the same rows padded.
 
-    Runs of equal length are plain [rows, length, H] views: no mask, no scatter, and what a row gets
-    does not depend on its neighbours.
+    A form that knows a quick way over packed tokens takes it. For the others runs of equal length
+    are plain [rows, length, H] views: no mask, no scatter. Either way, what a row gets does not
+    depend on its neighbours.
     """
+    if isinstance(pooling, FirstToken | Mean | Joined):
+        return pooling.packed(hidden)
     width = hidden.values.shape[1]
     nobody = Run(start=0, rows=0, length=1)  # so that an empty batch has the right width, too
     return torch.cat(

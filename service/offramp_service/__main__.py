@@ -152,10 +152,10 @@ def _log_limits(pipeline: Pipeline) -> None:
     settings, model = pipeline.settings, pipeline.model
     log.info(
         "serving %s (%s): %d layers, exits %s, policy %s, speed-up %.4g to %.4g (default %.4g), "
-        "%s on %s, %d threads",
+        "%s %s on %s, %d threads",
         *(model.name, model.sha, model.num_layers, model.config.exit_layers, model.policy.name),
         *(model.min_speedup, model.max_speedup, model.default_speedup),
-        *(model.dtype, model.device, settings.engine_threads),
+        *(model.backend, model.dtype, model.device, settings.engine_threads),
     )
     log.info(
         "limits: %d tokens a text, %d texts a request, %d tokens and %d texts a batch, "

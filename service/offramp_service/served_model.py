@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from offramp_kernels.contract import MAX_ROWS
 from offramp_model.calibration import CalibrationTable
-from offramp_model.checkpoint import DTYPES, CheckpointError, load_checkpoint
+from offramp_model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from offramp_model.config import MultiExitConfig
 from offramp_model.layer_loop import LayerStack
 from offramp_model.policies import ExitPolicy, make_supported_policy
@@ -41,6 +41,7 @@ class ServedModel:
     stack: LayerStack
     tokenizer: TextTokenizer
     device: str
+    backend: str
     dtype: str
     vocab_size: int  # token ids that the model has embeddings for
     max_input_length: int
@@ -62,15 +63,16 @@ def load_model(settings: Settings) -> ServedModel:
         SettingsError: it is, but a setting does not fit it.
     """
     checkpoint = load_checkpoint(settings.model_id)
+    dtype = _dtype(settings, checkpoint)
     policy = _policy(settings.exit_policy or checkpoint.manifest.exit_policy, checkpoint.model)
     try:
-        table = checkpoint.table(policy.name, dtype=settings.dtype)
+        table = checkpoint.table(policy.name, backend=checkpoint.backend, dtype=dtype)
     except CheckpointError as error:
         log.warning("only speed-up 1 and raw thresholds can be served: %s", error)
         table = None
     max_input_length = _max_input_length(settings, checkpoint.model.max_length)
     least, most = _speedup_range(settings, table)
-    stack = checkpoint.stack(dtype=DTYPES[settings.dtype])
+    stack = checkpoint.any_stack(dtype, threads=settings.engine_threads)
     return ServedModel(
         name=settings.model_name,
         version=settings.model_version,
@@ -81,7 +83,8 @@ def load_model(settings: Settings) -> ServedModel:
         stack=stack,
         tokenizer=checkpoint.tokenizer(max_input_length),
         device="cpu",  # what "auto" means until there is another device
-        dtype=settings.dtype,
+        backend=checkpoint.backend,
+        dtype=dtype,
         vocab_size=stack.vocab_size,
         max_input_length=max_input_length,
         max_batch_texts=_max_batch_texts(settings),
@@ -89,6 +92,27 @@ def load_model(settings: Settings) -> ServedModel:
         max_speedup=most,
         default_speedup=_default_speedup(settings, least, most),
     )
+
+
+def _dtype(settings: Settings, checkpoint: Checkpoint) -> str:
+    """The configured dtype, or the checkpoint's own; the backend must be the checkpoint's."""
+    if settings.backend not in ("auto", checkpoint.backend):
+        there = "ONNX graphs" if checkpoint.backend == "onnx" else "no ONNX graphs"
+        raise SettingsError(
+            f"--backend {settings.backend}: {settings.model_id} holds {there}; "
+            + (
+                "allowed: auto, onnx"
+                if checkpoint.backend == "onnx"
+                else "`offramp-train export --format onnx` makes a directory that does"
+            )
+        )
+    if checkpoint.backend == "onnx" and settings.dtype not in ("auto", checkpoint.dtype):
+        raise SettingsError(
+            f"--dtype {settings.dtype}: the graphs of {settings.model_id} are {checkpoint.dtype}"
+        )
+    if checkpoint.backend == "torch" and settings.dtype == "int8":
+        raise SettingsError("--dtype int8: backend torch has no int8; allowed: float32, bfloat16")
+    return checkpoint.dtype if settings.dtype == "auto" else settings.dtype
 
 
 def _policy(name: str, config: MultiExitConfig) -> ExitPolicy:

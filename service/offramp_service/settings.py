@@ -44,9 +44,14 @@ class Settings(BaseSettings):
         str | None, Field(description="name clients use; default: the directory's name")
     ] = None
     model_version: Annotated[str, Field(description="label in metrics and /info")] = "1"
-    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="weights and compute")] = (
-        "float32"
-    )
+    backend: Annotated[
+        Literal["auto", "torch", "onnx"],
+        Field(description="what runs the model; auto: what the checkpoint is for"),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "int8"],
+        Field(description="weights and compute; auto: float32, or that of the ONNX graphs"),
+    ] = "auto"
     device: Annotated[
         Literal["auto", "cpu"], Field(description="where the model runs; auto picks the best")
     ] = "auto"

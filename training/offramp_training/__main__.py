@@ -1,4 +1,5 @@
-"""`offramp-train`: the command line over fit, sweep, evaluate, compare, calibrate and inspect.
+"""`offramp-train`: the command line over fit, sweep, evaluate, compare, calibrate, export
+and inspect.
 
 Parses, calls, prints. What a user got wrong ends as one line on stderr and exit status 2.
 """
@@ -143,13 +144,36 @@ def _calibrate(options: argparse.Namespace) -> None:
     if options.split == "train":
         raise DataError("--split train: never training rows; allowed: held_out, validation, test")
     checkpoint = load_checkpoint(options.checkpoint)
+    if options.backend not in (None, checkpoint.backend):
+        raise TrainingError(
+            f"--backend {options.backend}: {options.checkpoint} is for {checkpoint.backend}"
+            + ("" if checkpoint.backend == "onnx" else "; offramp-train export makes graphs of it")
+        )
     dataset = _rows(options, checkpoint.manifest)
-    checkpoint = calibrate_checkpoint(checkpoint, dataset, dtype=options.dtype)
+    dtype = options.dtype or checkpoint.dtype
+    checkpoint = calibrate_checkpoint(checkpoint, dataset, dtype=dtype)
     for policy in supported_policies(checkpoint.model):
-        table = checkpoint.table(policy, backend=options.backend, dtype=options.dtype)
+        table = checkpoint.table(policy, backend=checkpoint.backend, dtype=dtype)
         print(f"{policy}: {len(table.points)} points up to {table.max_speedup:.2f}x")
-    if options.dtype == "float32":  # the figures in the model card are this dtype's
+    if dtype == checkpoint.dtype:  # the figures in the model card are of what is served by default
         store_report(checkpoint, evaluate_checkpoint(checkpoint, dataset), dataset.split)
+
+
+def _export(options: argparse.Namespace) -> None:
+    checkpoint = load_checkpoint(options.checkpoint)
+    if options.format == "final-head":
+        from offramp_training.final_head import export_final_head
+
+        if options.quantize or options.data:
+            raise OutputError("--format final-head takes neither --quantize nor --data")
+        export_final_head(checkpoint, options.output)
+        print(f"{options.output}: the last exit alone; accuracy is that of speed-up 1")
+        return
+    from offramp_training.export import export_onnx
+
+    measured_on = _rows(options, checkpoint.manifest) if options.quantize else None
+    exported = export_onnx(checkpoint, options.output, measured_on=measured_on)
+    print(f"{options.output}: {exported.dtype} graphs; next: offramp-train calibrate")
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -220,9 +244,11 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = commands.add_parser("calibrate", help="measure thresholds on held-out rows")
     calibrate.add_argument("checkpoint", type=Path, metavar="DIR")
     _add_rows(calibrate)
-    calibrate.add_argument("--backend", choices=["torch"], default="torch")
-    calibrate.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    calibrate.add_argument("--backend", choices=["torch", "onnx"], help="default: what it is for")
+    calibrate.add_argument("--dtype", choices=[*sorted(DTYPES), "int8"], help="default: its own")
     calibrate.set_defaults(run=_calibrate)
+
+    _add_export(commands)
 
     inspect = commands.add_parser("inspect", help="what a checkpoint is")
     inspect.add_argument("checkpoint", type=Path, metavar="DIR")
@@ -257,6 +283,20 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument("--json", type=Path, metavar="FILE")
     compare.add_argument("--plot", type=Path, metavar="FILE", help=".png, .svg or .pdf")
     compare.set_defaults(run=_compare)
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="a checkpoint in another form")
+    export.add_argument("checkpoint", type=Path, metavar="DIR")
+    export.add_argument("--format", choices=["onnx", "final-head"], required=True,
+                        help="onnx: segments for --backend onnx; final-head: a plain "
+                             "...ForSequenceClassification")  # fmt: skip
+    export.add_argument("--quantize", choices=["int8"])
+    export.add_argument("--data", metavar="PATH", help="rows that int8 activations are measured "
+                        "on; default: the recipe's")  # fmt: skip
+    export.add_argument("--split", choices=SPLITS, default="held_out")
+    export.add_argument("--output", type=Path, required=True, metavar="DIR2")
+    export.set_defaults(run=_export)
 
 
 def _count(text: str) -> int:

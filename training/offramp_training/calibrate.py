@@ -22,20 +22,18 @@ from offramp_training.data import Dataset
 from offramp_training.errors import DataError
 from offramp_training.evaluate import best_policy, check_policies, record_dataset
 
-BACKEND = "torch"
-REFERENCE_DTYPE = "float32"  # whose tables name the best policy
-
 
 def calibrate_checkpoint(
     checkpoint: Checkpoint,
     dataset: Dataset,
     *,
-    dtype: str = "float32",
+    dtype: str | None = None,
     policies: Sequence[str] | None = None,
 ) -> Checkpoint:
     """Measures each policy, by default all that the checkpoint supports, on `dataset` and stores
-    the tables; returns the checkpoint with them."""
-    manifest = checkpoint.manifest
+    the tables of the checkpoint's backend and `dtype` (default: its own); returns the checkpoint
+    with them."""
+    manifest, dtype = checkpoint.manifest, dtype or checkpoint.dtype
     policies = policies or supported_policies(checkpoint.model)
     check_policies(checkpoint, policies)
     if dataset.split == "train" or dataset.fingerprint == manifest.data.train_fingerprint:
@@ -48,7 +46,7 @@ def calibrate_checkpoint(
     tables = tuple(
         CalibrationTable(
             policy=name,
-            backend=BACKEND,
+            backend=checkpoint.backend,
             dtype=dtype,
             split=dataset.split,
             rows=len(dataset),
@@ -64,19 +62,20 @@ def calibrate_checkpoint(
         if (table.policy, table.backend, table.dtype) not in replaced
     ]
     manifest = manifest.model_copy(update={"calibration": (*kept, *tables)})
-    if dtype == REFERENCE_DTYPE:
-        best = _best_policy(manifest, dataset.fingerprint)
+    if dtype == checkpoint.dtype:
+        best = _best_policy(checkpoint, manifest, dataset.fingerprint)
         manifest = manifest.model_copy(update={"best_policy": best})
     update_manifest(checkpoint.directory, manifest)
     return Checkpoint(checkpoint.directory, manifest, checkpoint.backbone)
 
 
-def _best_policy(manifest: Manifest, fingerprint: str) -> str | None:
-    """Of the tables measured on the same rows: others cannot be compared with them."""
+def _best_policy(checkpoint: Checkpoint, manifest: Manifest, fingerprint: str) -> str | None:
+    """Of the tables measured on the same rows and in the checkpoint's own dtype: others cannot be
+    compared with them."""
     comparable = {
         table.policy: table.points
         for table in manifest.calibration
-        if (table.backend, table.dtype) == (BACKEND, REFERENCE_DTYPE)
+        if (table.backend, table.dtype) == (checkpoint.backend, checkpoint.dtype)
         and table.data_fingerprint == fingerprint
     }
     return best_policy(comparable, manifest.exit_policy)

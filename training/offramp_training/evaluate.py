@@ -27,7 +27,7 @@ from offramp_model.calibration import (
     point_for,
     reachable_speedups,
 )
-from offramp_model.checkpoint import DTYPES, Checkpoint, CheckpointError, update_manifest
+from offramp_model.checkpoint import Checkpoint, CheckpointError, update_manifest
 from offramp_model.config import MultiExitConfig
 from offramp_model.policies import (
     POLICIES,
@@ -121,7 +121,7 @@ def evaluate_checkpoint(
     tables = {
         table.policy: table
         for table in manifest.calibration
-        if (table.backend, table.dtype) == ("torch", "float32")
+        if (table.backend, table.dtype) == (checkpoint.backend, checkpoint.dtype)
     }
     natural = {}
     if manifest.exit_threshold is not None:
@@ -139,9 +139,9 @@ def check_policies(checkpoint: Checkpoint, policies: Sequence[str]) -> None:
 
 
 def record_dataset(
-    checkpoint: Checkpoint, dataset: Dataset, dtype: str = "float32"
+    checkpoint: Checkpoint, dataset: Dataset, dtype: str | None = None
 ) -> RecordedExits:
-    """What every exit says on the stack that serves."""
+    """What every exit says on the stack that serves, in the checkpoint's own dtype by default."""
     if dataset.label_names != checkpoint.model.labels:
         raise DataError(
             f"the data's labels are {', '.join(dataset.label_names)}; "
@@ -150,7 +150,7 @@ def record_dataset(
     if not dataset.rows:
         raise DataError(f"split {dataset.split!r} has no rows")
     encodings = checkpoint.tokenizer().encode(dataset.inputs)
-    stack = checkpoint.stack(dtype=DTYPES[dtype])
+    stack = checkpoint.any_stack(dtype)
     with rows_bar(f"{dataset.split}: rows through every exit", len(dataset)) as progress:
         return record_exits(stack, encodings, progress=progress)
 

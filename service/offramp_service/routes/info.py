@@ -77,7 +77,7 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         # ours
         "model_version": model.version,
         "device": model.device,
-        "backend": "torch",
+        "backend": model.backend,
         "threads": settings.engine_threads,
         "max_queued_tokens": settings.max_queued_tokens,
         "max_queued_characters": settings.max_queued_characters,

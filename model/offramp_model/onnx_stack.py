@@ -1,0 +1,153 @@
+"""The encoder as ONNX Runtime sessions, one for each stretch from exit to exit: a `LayerStack`.
+
+Hidden states go from session to session as the same packed tokens that the torch encoder uses, so
+compaction, exit heads and the layer loop are the very same code; heads stay in torch and float32.
+
+All sessions of a process share one pool of threads, whose idle ones do not spin between calls: with
+a pool for each session, as by default, chains of small sessions take several times as long.
+
+onnxruntime (extra `onnx`) is imported when a stack is made. It knows nothing about policies,
+directories or how graphs are written.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offramp_model.config import MultiExitConfig
+from offramp_model.heads import ExitHeads
+from offramp_model.policies import HeadOutput
+from offramp_model.rows import PackedTokens, Run, TokenBatch
+from offramp_model.run_slots import MAX_RUNS, plan_runs
+
+log = logging.getLogger(__name__)
+
+Graph = Path | bytes
+"""An ONNX file, or what would be in it."""
+
+_lock = Lock()
+_pool_threads: int | None = None
+
+
+class OnnxStack:
+    """Embeddings and segments of one encoder, with its exit heads.
+
+    Args:
+        embeddings: token ids → hidden states.
+        segments: by exit layer.
+        heads: the exit heads.
+        config: exits, pooling and labels.
+        vocab_size: rows of the embedding table.
+        max_positions: longest text, in tokens with specials, that the position table allows.
+        threads: of the pool that all stacks of a process share; the first one decides. Default:
+            torch's number.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+        ValueError: a graph is not one that onnxruntime can run.
+    """
+
+    def __init__(
+        self,
+        embeddings: Graph,
+        segments: Mapping[int, Graph],
+        heads: ExitHeads,
+        config: MultiExitConfig,
+        *,
+        vocab_size: int,
+        max_positions: int,
+        threads: int | None = None,
+    ) -> None:
+        _start_pool(threads or torch.get_num_threads())
+        self._config = config
+        self._heads = heads.float().eval().requires_grad_(False)
+        self._embeddings = make_session(embeddings)
+        self._inputs = [one.name for one in self._embeddings.get_inputs()]
+        self._segments = {layer: make_session(graph) for layer, graph in segments.items()}
+        self.vocab_size, self.max_positions = vocab_size, max_positions
+
+    @property
+    def num_layers(self) -> int:
+        return self._config.num_layers
+
+    @property
+    def num_labels(self) -> int:
+        return self._config.num_labels
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        return self._config.exit_layers
+
+    def embed(self, batch: TokenBatch) -> PackedTokens:
+        """Token ids → hidden states before the first layer."""
+        feeds = {name: getattr(batch, name).numpy() for name in self._inputs}
+        (values,) = self._embeddings.run(None, feeds)
+        return PackedTokens(torch.from_numpy(values), batch.cu_seqlens)
+
+    def segment(self, exit_layer: int, hidden: PackedTokens) -> PackedTokens:
+        session, values = self._segments[exit_layer], hidden.values.numpy()
+        (after,) = run_segment(session, values, hidden.runs)
+        return hidden.replace(torch.from_numpy(after))
+
+    @torch.inference_mode()
+    def exit_head(self, exit_layer: int, hidden: PackedTokens) -> HeadOutput:
+        return self._heads.answer(self._config.exit_index(exit_layer), hidden)
+
+
+def run_segment(
+    session: Any, values: NDArray[np.float32], runs: Sequence[Run]
+) -> list[NDArray[np.float32]]:
+    """Packed hidden states [T, H] through one session, in as few calls as it takes; what it puts
+    out, [T, ...] each."""
+    width = values.shape[1]
+    if len(runs) <= MAX_RUNS:
+        outputs: list[NDArray[np.float32]] = session.run(
+            None, {"hidden": values, **plan_runs(runs, width)}
+        )
+        return outputs
+    parts = []
+    for first in range(0, len(runs), MAX_RUNS):
+        some = runs[first : first + MAX_RUNS]
+        parts.append(run_segment(session, values[some[0].start : some[-1].stop], some))
+    return [np.concatenate(same) for same in zip(*parts, strict=True)]
+
+
+def make_session(graph: Graph) -> Any:
+    """A session in the shared pool.
+
+    Raises:
+        ValueError: onnxruntime cannot run the graph.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads = False
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.log_severity_level = 3  # a failing call raises; it need not also print
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no base of their own
+        where = graph if isinstance(graph, Path) else "the graph"
+        raise ValueError(f"{where}: onnxruntime cannot run it: {error}") from error
+
+
+def _start_pool(threads: int) -> None:
+    """Before the first session of the process; later calls can change nothing."""
+    import onnxruntime
+
+    global _pool_threads
+    with _lock:
+        if _pool_threads is None:
+            onnxruntime.set_global_thread_pool_sizes(threads, 1)
+            _pool_threads = threads
+        elif _pool_threads != threads:
+            log.warning(
+                "the pool of onnxruntime keeps its %d threads, %d were asked for",
+                *(_pool_threads, threads),
+            )

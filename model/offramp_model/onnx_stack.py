@@ -64,12 +64,11 @@ class OnnxStack:
         max_positions: int,
         threads: int | None = None,
     ) -> None:
-        _start_pool(threads or torch.get_num_threads())
         self._config = config
         self._heads = heads.float().eval().requires_grad_(False)
-        self._embeddings = make_session(embeddings)
+        self._embeddings = make_session(embeddings, threads)
         self._inputs = [one.name for one in self._embeddings.get_inputs()]
-        self._segments = {layer: make_session(graph) for layer, graph in segments.items()}
+        self._segments = {layer: make_session(graph, threads) for layer, graph in segments.items()}
         self.vocab_size, self.max_positions = vocab_size, max_positions
 
     @property
@@ -118,20 +117,23 @@ def run_segment(
     return [np.concatenate(same) for same in zip(*parts, strict=True)]
 
 
-def make_session(graph: Graph) -> Any:
-    """A session in the shared pool.
+def make_session(graph: Graph, threads: int | None = None) -> Any:
+    """A session in the shared pool, which the first one makes; `threads` as for `OnnxStack`.
 
     Raises:
         ValueError: onnxruntime cannot run the graph.
     """
     import onnxruntime
 
+    _start_pool(threads or torch.get_num_threads())
     options = onnxruntime.SessionOptions()
     options.use_per_session_threads = False
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # a failing call raises; it need not also print
     try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            graph, options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
     except Exception as error:  # onnxruntime's errors have no base of their own
         where = graph if isinstance(graph, Path) else "the graph"
         raise ValueError(f"{where}: onnxruntime cannot run it: {error}") from error

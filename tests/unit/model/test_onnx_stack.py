@@ -8,8 +8,8 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loading import load
 
+from loading import load
 from offramp_model.config import MultiExitConfig, Pooling
 from offramp_model.encoder import PackedEncoder
 from offramp_model.families import family_of

@@ -27,6 +27,7 @@ from offramp_model import (
     Checkpoint,
     Encoding,
     ExitPolicy,
+    LayerStack,
     RowSettings,
     TokenBatch,
     layer_loop,
@@ -83,7 +84,7 @@ def transformers_padded(checkpoint: Checkpoint) -> Variant:
     return run
 
 
-def engine(stack: PackedEncoder, policy: ExitPolicy, threshold: float) -> Variant:
+def engine(stack: LayerStack, policy: ExitPolicy, threshold: float) -> Variant:
     """The packed engine through the layer loop."""
 
     def run(batches: list[list[Encoding]]) -> Pass:

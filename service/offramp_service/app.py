@@ -54,7 +54,7 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
         num_layers=model.num_layers,
         routes=[path for one in DOORS for path in one.PATHS],
     )
-    engine = Engine(model.stack, model.policy, device=model.device, threads=settings.engine_threads)
+    engine = Engine(model.stack, model.policy, device=model.device, threads=model.torch_threads)
     batcher = Batcher(engine, _limits(settings, model), metrics)
     lifecycle = Lifecycle()
     pipeline = Pipeline(settings, model, batcher, metrics, lifecycle)

@@ -43,6 +43,7 @@ class ServedModel:
     device: str
     backend: str
     dtype: str
+    torch_threads: int
     vocab_size: int  # token ids that the model has embeddings for
     max_input_length: int
     max_batch_texts: int
@@ -85,6 +86,9 @@ def load_model(settings: Settings) -> ServedModel:
         device="cpu",  # what "auto" means until there is another device
         backend=checkpoint.backend,
         dtype=dtype,
+        # ONNX Runtime has its own threads; torch's would fight them for the cores over operations
+        # that are too small to share.
+        torch_threads=settings.engine_threads if checkpoint.backend == "torch" else 1,
         vocab_size=stack.vocab_size,
         max_input_length=max_input_length,
         max_batch_texts=_max_batch_texts(settings),

@@ -1,0 +1,266 @@
+"""Rows per second on a CPU: ONNX Runtime segments and the torch engine against what others run.
+
+All variants run interleaved in one process on the same tokenised texts; the figure that counts is
+the ratio within a round, its median over the rounds. Tokenisation and HTTP are not in it.
+
+    transformers        AutoModel in float32, arrival order, batches padded to their longest text
+    whole-int8          one int8 graph of the whole model, dynamic quantisation, norms fused as
+                        onnxruntime's optimiser does; fed batches of all texts sorted by length
+    whole-int8-plain    the same without the fused norms
+    torch-1             this engine in torch, float32, arrival order, exits off
+    onnx-S              float32 segments at speed-up S in layers; 1 is exits off
+    int8-S              int8 segments
+
+Thresholds are chosen on these rows for each stack, so that the speed-up in layers is the nominal
+one. With batches of one text, seconds of each text are kept: the median is the latency.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do
+
+import torch
+from bench_engine import Pass, Variant, engine, machine, transformers_padded
+from whole_model import WholeModel
+
+from offramp_model import Encoding, LayerStack, load_checkpoint, make_policy, never
+from offramp_model.calibration import curve
+from offramp_model.recorded import RecordedExits, record_exits, replay
+from offramp_training.data import load_split
+
+SPEEDUPS = (1.5, 2.0, 3.0)
+Batches = list[list[Encoding]]
+
+
+def with_threads(count: int, run: Variant) -> Variant:
+    """What runs in onnxruntime's pool gets one thread of torch's, as in the service."""
+
+    def counted(batches: Batches) -> Pass:
+        torch.set_num_threads(count)
+        return run(batches)
+
+    return counted
+
+
+def cut(encodings: Sequence[Encoding], size: int) -> Batches:
+    return [list(encodings[start : start + size]) for start in range(0, len(encodings), size)]
+
+
+def sorted_whole(model: WholeModel, num_layers: int) -> Variant:
+    """Whole-model passes over all texts sorted by length, whatever batches they came in."""
+
+    def run(batches: Batches) -> Pass:
+        texts = [encoding for batch in batches for encoding in batch]
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        labels, size = [0] * len(texts), max(map(len, batches))
+        for start in range(0, len(order), size):
+            some = order[start : start + size]
+            for index, label in zip(some, model([texts[i] for i in some]), strict=True):
+                labels[index] = label
+        return Pass(labels, len(texts) * num_layers)
+
+    return run
+
+
+def with_exits(
+    name: str, stack: LayerStack, recorded: RecordedExits, truth: torch.Tensor, policy_name: str
+) -> dict[str, tuple[Variant, float]]:
+    """`name-S` → what runs it, and its threshold."""
+    full, policy = make_policy("full_depth"), make_policy(policy_name)
+    found: dict[str, tuple[Variant, float]] = {
+        f"{name}-1": (engine(stack, full, never(full)), never(full))
+    }  # type: ignore[arg-type]
+    points = curve(recorded, truth, policy, num_points=400)
+    for speedup in SPEEDUPS:
+        point = next((one for one in points if one.speedup >= speedup - 1e-9), None)
+        if point is not None:
+            run = engine(stack, policy, point.threshold)
+            found[f"{name}-{speedup:g}"] = run, point.threshold
+    return found
+
+
+def flips(
+    ours: RecordedExits, theirs: RecordedExits, policy_name: str, threshold: float
+) -> dict[str, float]:
+    """Shares of rows that leave elsewhere, or with another label, at one threshold."""
+    policy = make_policy(policy_name)
+    one, other = replay(ours, policy, threshold), replay(theirs, policy, threshold)
+    return {
+        "threshold": threshold,
+        "exit_layer": float((one.exit_layer != other.exit_layer).double().mean()),
+        "label": float((one.label != other.label).double().mean()),
+    }
+
+
+def measure(
+    runs: dict[str, Variant], batches: Batches, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, Pass]]:
+    """Seconds of each round and, for batches of one, median seconds of a text; the last answers."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    medians: dict[str, list[float]] = {name: [] for name in runs}
+    last: dict[str, Pass] = {}
+    alone = all(len(batch) == 1 for batch in batches)
+    for round_index in range(rounds + 1):
+        names = list(runs)
+        for name in names[round_index % len(names) :] + names[: round_index % len(names)]:
+            each: list[float] = []
+            passes: list[Pass] = []
+            for part in [[batch] for batch in batches] if alone else [batches]:
+                started = time.perf_counter()
+                passes.append(runs[name](part))
+                each.append(time.perf_counter() - started)
+            last[name] = Pass(
+                [label for one in passes for label in one.labels],
+                sum(one.layers_run for one in passes),
+            )
+            if round_index:
+                seconds[name].append(sum(each))
+                medians[name].append(statistics.median(each))
+        print(f"round {round_index}/{rounds}", file=sys.stderr)
+    return seconds, medians, last
+
+
+def report(
+    seconds: dict[str, list[float]],
+    medians: dict[str, list[float]],
+    last: dict[str, Pass],
+    truth: Sequence[int],
+    num_layers: int,
+) -> list[dict[str, Any]]:
+    def ratio(base: str, name: str, times: dict[str, list[float]]) -> float | None:
+        if base not in times:
+            return None
+        return statistics.median(b / t for b, t in zip(times[base], times[name], strict=True))
+
+    table = []
+    for name, times in seconds.items():
+        layers = len(truth) * num_layers / last[name].layers_run
+        against = ratio(f"{name.partition('-')[0]}-1", name, seconds)
+        right = sum(a == b for a, b in zip(last[name].labels, truth, strict=True))
+        row: dict[str, Any] = {
+            "variant": name,
+            "rows_per_second": len(truth) / statistics.median(times),
+            "speedup_in_layers": layers,
+            "accuracy": right / len(truth),
+            "vs_transformers": ratio("transformers", name, seconds),
+            "vs_whole_int8": ratio("whole-int8", name, seconds),
+            "vs_whole_int8_plain": ratio("whole-int8-plain", name, seconds),
+            "vs_exits_off": against,
+            "throughput_per_layer_speedup": None if against is None else against / layers,
+        }
+        if medians:
+            row["median_ms"] = statistics.median(medians[name]) * 1e3
+            off = ratio(name, f"{name.partition('-')[0]}-1", medians) if against else None
+            row["latency_vs_exits_off"] = off
+        table.append(row)
+    return table
+
+
+def show(size: int, table: list[dict[str, Any]]) -> None:
+    keys = ("vs_transformers", "vs_whole_int8", "vs_whole_int8_plain", "vs_exits_off",
+            "throughput_per_layer_speedup", "latency_vs_exits_off")  # fmt: skip
+    heads = ("hf", "whole", "plain", "off", "per layer", "latency")
+    print(f"\nbatches of {size}")
+    print(
+        f"{'variant':17} {'rows/s':>7} {'layers':>6} {'acc':>6} "
+        + " ".join(f"{h:>9}" for h in heads)
+    )
+    for row in table:
+        cells = (("-" if row.get(key) is None else f"{row[key]:.2f}") for key in keys)
+        print(
+            f"{row['variant']:17} {row['rows_per_second']:7.0f} {row['speedup_in_layers']:6.2f} "
+            f"{row['accuracy']:6.3f} " + " ".join(f"{cell:>9}" for cell in cells)
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--onnx", type=Path, required=True, help="its float32 export")
+    parser.add_argument("--int8", type=Path, required=True, help="its int8 export")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--policy", help="default: the checkpoint's own")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 8, 1])
+    parser.add_argument("--only", nargs="+", help="variants that start so")
+    parser.add_argument("--rows", type=int, help="of the split, from the first; default: all")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    checkpoint = load_checkpoint(arguments.checkpoint)
+    policy = arguments.policy or checkpoint.manifest.exit_policy
+    dataset = load_split(arguments.data, arguments.split)
+    encodings = checkpoint.tokenizer().encode(dataset.inputs)[: arguments.rows]
+    truth = list(dataset.labels)[: arguments.rows]
+    labels, layers = torch.tensor(truth), checkpoint.model.num_layers
+    stacks: dict[str, LayerStack] = {
+        "onnx": load_checkpoint(arguments.onnx).onnx_stack(threads=arguments.threads),
+        "int8": load_checkpoint(arguments.int8).onnx_stack(threads=arguments.threads),
+        "torch": checkpoint.stack(),
+    }
+    recorded = {name: record_exits(stack, encodings) for name, stack in stacks.items()}
+    chosen: dict[str, Variant] = {"transformers": transformers_padded(checkpoint)}
+    thresholds: dict[str, float] = {}
+    for name, fused in (("whole-int8", True), ("whole-int8-plain", False)):
+        whole = WholeModel(checkpoint, fused_norms=fused)
+        chosen[name] = sorted_whole(whole, layers)
+    for name, stack in stacks.items():
+        for variant, (run, threshold) in with_exits(
+            name, stack, recorded[name], labels, policy
+        ).items():
+            if name != "torch" or variant == "torch-1":
+                chosen[variant], thresholds[variant] = run, threshold
+    if arguments.only:
+        chosen = {k: v for k, v in chosen.items() if k.startswith(tuple(arguments.only))}
+    chosen = {
+        name: with_threads(arguments.threads if name.startswith(("tra", "tor")) else 1, run)
+        for name, run in chosen.items()
+    }
+    results: dict[str, Any] = {}
+    for size in arguments.batch_sizes:
+        seconds, medians, last = measure(chosen, cut(encodings, size), arguments.rounds)
+        table = report(seconds, medians if size == 1 else {}, last, truth, layers)
+        results[str(size)] = {"variants": table, "seconds": seconds}
+        show(size, table)
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine() | {name: version(name) for name in ("onnx", "onnxruntime")},
+        "rows": len(truth),
+        "rounds": arguments.rounds,
+        "policy": policy,
+        "thresholds": {
+            name: value for name, value in thresholds.items() if abs(value) != float("inf")
+        },
+        "full_depth_label_flips_int8": float(
+            (recorded["int8"].logits[-1].argmax(-1) != recorded["torch"].logits[-1].argmax(-1))
+            .double()
+            .mean()
+        ),
+        "flips_int8_at_float32_thresholds": {
+            name: flips(recorded["int8"], recorded["torch"], policy, value)
+            for name, value in thresholds.items()
+            if name.startswith("onnx-") and isfinite(value)
+        },
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "batches": results,
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Which backend and dtype a directory is served with, and with which calibration."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from asgi_lifespan import LifespanManager
+
+from loading import load
+from offramp_model.checkpoint import load_checkpoint, update_manifest
+from offramp_model.recorded import record_exits
+from offramp_service.app import create_app
+from offramp_service.served_model import SettingsError, load_model
+from offramp_service.settings import Settings
+from offramp_training.export import export_onnx
+
+support = load("tests/unit/service/support.py")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return support.write_tiny_checkpoint(tmp_path_factory.mktemp("backends") / "plain")
+
+
+@pytest.fixture(scope="module")
+def graphs(plain: Path) -> Path:
+    """The float32 export, with the tables of torch as its own as well."""
+    exported = export_onnx(load_checkpoint(plain), plain.parent / "graphs", measured_on=None)
+    tables = exported.manifest.calibration
+    ours = tuple(table.model_copy(update={"backend": "onnx"}) for table in tables)
+    manifest = exported.manifest.model_copy(update={"calibration": (*tables, *ours)})
+    update_manifest(exported.directory, manifest)
+    return exported.directory
+
+
+def test_auto_is_what_the_directory_is_for(plain: Path, graphs: Path) -> None:
+    torch_served = load_model(Settings(model_id=plain, threads=3))
+    onnx_served = load_model(Settings(model_id=graphs, threads=1))
+    assert (torch_served.backend, torch_served.dtype, torch_served.torch_threads) == (
+        *("torch", "float32"),
+        3,
+    )
+    assert (onnx_served.backend, onnx_served.dtype, onnx_served.torch_threads) == (
+        *("onnx", "float32"),
+        1,
+    )
+    assert torch_served.table is not None
+    assert onnx_served.table is not None
+    assert (torch_served.table.backend, onnx_served.table.backend) == ("torch", "onnx")
+    assert onnx_served.vocab_size == torch_served.vocab_size
+
+
+def test_a_table_of_another_backend_does_not_count(
+    plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uncalibrated = export_onnx(load_checkpoint(plain), tmp_path / "new", measured_on=None)
+    with caplog.at_level(logging.WARNING):
+        served = load_model(Settings(model_id=uncalibrated.directory, threads=1))
+    assert served.table is None
+    assert served.max_speedup == 1.0
+    assert "no calibration of confidence/onnx/float32; it has: confidence/torch/" in caplog.text
+
+
+def test_what_a_directory_is_not_for_is_refused(plain: Path, graphs: Path) -> None:
+    for directory, wrong, message in (
+        (plain, {"backend": "onnx"}, "--backend onnx: .* holds no ONNX graphs; `offramp-train"),
+        (graphs, {"backend": "torch"}, "--backend torch: .* allowed: auto, onnx"),
+        (graphs, {"dtype": "int8"}, "--dtype int8: the graphs of .* are float32"),
+        (plain, {"dtype": "int8"}, "backend torch has no int8"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            load_model(Settings(model_id=directory, threads=1, **wrong))
+
+
+async def test_graphs_answer_as_torch_does(plain: Path, graphs: Path) -> None:
+    texts = support.random_texts(20, seed=9)
+    app = create_app(Settings(model_id=graphs, backend="onnx", threads=1))
+    async with (
+        LifespanManager(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tiny") as client,
+    ):
+        info = (await client.get("/info")).json()
+        body = {"input": texts, "speedup": 1.5, "return_details": True}
+        answers = (await client.post("/classify", json=body)).json()["data"]
+        full = (await client.post("/classify", json={"input": texts})).json()["data"]
+    assert (info["backend"], info["model_dtype"]) == ("onnx", "float32")
+    assert info["calibration"]["backend"] == "onnx"
+    assert {item["details"]["exit_layer"] for item in answers} - {support.LAYERS}
+    checkpoint = load_checkpoint(plain)
+    recorded = record_exits(checkpoint.stack(), checkpoint.tokenizer().encode(texts))
+    expected = [support.LABELS[label] for label in recorded.logits[-1].argmax(-1).tolist()]
+    assert [item["label"] for item in full] == expected
+
+
+LOADED = """
+import json, sys
+from pathlib import Path
+from offramp_service.app import create_app
+from offramp_service.settings import Settings
+create_app(Settings(model_id=Path(sys.argv[1]), threads=1))
+print(json.dumps([name for name in ("onnx", "onnxruntime", "transformers") if name in sys.modules]))
+"""
+
+
+@pytest.mark.parametrize(("which", "loaded"), [("plain", []), ("graphs", ["onnxruntime"])])
+def test_only_what_the_backend_needs_is_imported(
+    which: str, loaded: list[str], request: pytest.FixtureRequest
+) -> None:
+    directory = request.getfixturevalue(which)
+    command = [sys.executable, "-c", LOADED, str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == loaded

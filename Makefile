@@ -17,7 +17,7 @@ PACKAGES := model kernels training service
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow test-gpu check lint types imports spelling format \
-        quickstart bench-engine bench-kernels bench-service results-quickstart results-sst2 results-objectives clean
+        quickstart bench-engine bench-cpu bench-kernels bench-service results-quickstart results-sst2 results-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -79,6 +79,13 @@ results-objectives: $(INSTALLED) ## the comparison of the training objectives; d
 bench-engine: $(INSTALLED) ## rows per second: engine at several speed-ups against transformers
 	$(BIN)/python model/bench/bench_engine.py $(SST2) --data $(SST2_DATA) --json docs/results/engine.json
 	$(BIN)/python model/bench/bench_layouts.py $(SST2) --data $(SST2_DATA) --json docs/results/layouts.json
+
+bench-cpu: $(INSTALLED) ## rows per second: ONNX Runtime segments, exits off and on, against a whole-model int8 graph
+	test -e $(SST2)-onnx/offramp.json || $(BIN)/offramp-train export $(SST2) --format onnx --output $(SST2)-onnx
+	test -e $(SST2)-int8/offramp.json || \
+	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8
+	$(BIN)/python model/bench/bench_cpu.py $(SST2) --onnx $(SST2)-onnx --int8 $(SST2)-int8 \
+	  --data $(SST2_DATA) --json docs/results/cpu.json
 
 bench-kernels: $(INSTALLED) ## compaction kernels: time and bytes
 	$(BIN)/python kernels/bench/bench_kernels.py --out docs/results/kernels.json

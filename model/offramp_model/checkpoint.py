@@ -83,6 +83,22 @@ class ActivationRecord(BaseModel):
     data_fingerprint: str
 
 
+class FlipRecord(BaseModel):
+    """What the graphs say against the checkpoint that they came from, on held-out rows.
+
+    `label_flips` and `exit_flips` are shares of rows: another label at full depth; another exit at
+    the raw threshold that the source's calibration has for speed-up 2.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: Annotated[int, Field(ge=1)]
+    accuracy: Annotated[float, Field(ge=0.0, le=1.0)]
+    source_accuracy: Annotated[float, Field(ge=0.0, le=1.0)]
+    label_flips: Annotated[float, Field(ge=0.0, le=1.0)]
+    exit_flips: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+
+
 class GraphRecord(BaseModel):
     """What the ONNX graphs are: their dtype, the checkpoint that they came from (`source`, its
     `version`), and the sizes of the embedding tables."""
@@ -94,6 +110,7 @@ class GraphRecord(BaseModel):
     vocab_size: Annotated[int, Field(ge=1)]
     max_positions: Annotated[int, Field(ge=1)]
     activations: ActivationRecord | None = None
+    flips: FlipRecord | None = None
 
 
 class Manifest(BaseModel):

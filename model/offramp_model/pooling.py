@@ -37,9 +37,9 @@ class Mean(nn.Module):
 
     def packed(self, hidden: PackedTokens) -> Tensor:
         """Packed [T, H] → [rows, H], all in one call; bags of tokens are added up one by one."""
-        tokens = torch.arange(len(hidden.values), device=hidden.values.device)
-        starts = hidden.cu_seqlens[:-1].long()
-        return F.embedding_bag(tokens, hidden.values, starts, mode="mean")
+        values = hidden.values
+        tokens = torch.arange(len(values), dtype=torch.int32, device=values.device)
+        return F.embedding_bag(tokens, values, hidden.cu_seqlens[:-1], mode="mean")
 
 
 class Max(nn.Module):

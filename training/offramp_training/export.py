@@ -10,21 +10,31 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
+
+import torch
 
 from offramp_model.checkpoint import (
     EMBEDDINGS,
     SEGMENT,
     ActivationRecord,
     Checkpoint,
+    FlipRecord,
     GraphRecord,
     load_checkpoint,
+    update_manifest,
     write_checkpoint,
 )
 from offramp_model.families import family_of
-from offramp_model.tokenizer import Text
+from offramp_model.policies import make_policy
+from offramp_model.recorded import RecordedExits, record_exits, replay
 from offramp_training.data import Dataset
 from offramp_training.errors import OutputError
+from offramp_training.evaluate import HEADLINE_SPEEDUP
 
+Row = TypeVar("Row")
+
+COMPARED_ROWS = 2000
 WEIGHTS = ("*.safetensors", "*.onnx", "offramp.json")
 """What an export does not copy: it writes its own."""
 
@@ -74,7 +84,41 @@ def export_onnx(checkpoint: Checkpoint, output: Path, *, measured_on: Dataset | 
     manifest = checkpoint.manifest.model_copy(update={"graphs": graphs})
     exits = checkpoint.heads().state_dict()
     write_checkpoint(output, fill=fill, exits=exits, manifest=manifest)
-    return load_checkpoint(output)
+    exported = load_checkpoint(output)
+    if measured_on is None:
+        return exported
+    graphs = graphs.model_copy(update={"flips": count_flips(checkpoint, exported, measured_on)})
+    update_manifest(output, manifest := exported.manifest.model_copy(update={"graphs": graphs}))
+    return Checkpoint(output, manifest, exported.backbone)
+
+
+def count_flips(source: Checkpoint, exported: Checkpoint, dataset: Dataset) -> FlipRecord:
+    """How often an export and its source disagree, on at most `COMPARED_ROWS` rows."""
+    chosen = spread(list(zip(dataset.inputs, dataset.labels, strict=True)), COMPARED_ROWS)
+    encodings = source.tokenizer().encode([text for text, _ in chosen])
+    labels = torch.tensor([label for _, label in chosen])
+    before, after = (
+        record_exits(stack, encodings) for stack in (source.stack(), exported.any_stack())
+    )
+    said, says = before.logits[-1].argmax(-1), after.logits[-1].argmax(-1)
+    return FlipRecord(
+        rows=len(chosen),
+        accuracy=float((says == labels).double().mean()),
+        source_accuracy=float((said == labels).double().mean()),
+        label_flips=float((says != said).double().mean()),
+        exit_flips=_exit_flips(source, before, after),
+    )
+
+
+def _exit_flips(source: Checkpoint, before: RecordedExits, after: RecordedExits) -> float | None:
+    name = source.manifest.exit_policy
+    try:
+        threshold = source.table(name).threshold_for(HEADLINE_SPEEDUP)
+    except ValueError:  # not calibrated, or not that far
+        return None
+    policy = make_policy(name)
+    left = [replay(one, policy, threshold).exit_layer for one in (before, after)]
+    return float((left[0] != left[1]).double().mean())
 
 
 def copy_others(source: Path, target: Path) -> None:
@@ -85,8 +129,8 @@ def copy_others(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def spread(texts: Sequence[Text], most: int) -> list[Text]:
+def spread(rows: Sequence[Row], most: int) -> list[Row]:
     """At most so many, evenly from the first to the last: rows may be sorted by label."""
-    if len(texts) <= most:
-        return list(texts)
-    return [texts[index * len(texts) // most] for index in range(most)]
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[index * len(rows) // most] for index in range(most)]

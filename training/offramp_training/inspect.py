@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from offramp_model.checkpoint import Checkpoint, load_checkpoint
+from offramp_model.checkpoint import Checkpoint, GraphRecord, load_checkpoint
 from offramp_model.config import MultiExitConfig
 from offramp_training.config import DistillationSection
 
@@ -34,6 +34,7 @@ def _print_facts(checkpoint: Checkpoint, console: Console) -> None:
         ("hashes", "ok: " + ", ".join(sorted(manifest.sha256))),
         ("backbone", f"{checkpoint.backbone.get('model_type')}, {model.num_layers} layers, "
                      f"{model.hidden_size} wide, {model.max_length} tokens at most"),
+        *([("graphs", _graphs(manifest.graphs))] if manifest.graphs else []),
         ("exits", "after layers " + ", ".join(map(str, model.exit_layers))),
         ("heads", f"pooling {model.pooling_form}, pooler {model.pooler}, {_gates(model)}"),
         ("labels", f"{model.num_labels}: {labels}"),
@@ -47,6 +48,17 @@ def _print_facts(checkpoint: Checkpoint, console: Console) -> None:
     ):  # fmt: skip
         facts.add_row(name, value)
     console.print(facts)
+
+
+def _graphs(graphs: GraphRecord) -> str:
+    words = f"ONNX, {graphs.dtype}, of weights {graphs.source}"
+    if (flips := graphs.flips) is None:
+        return words
+    exits = "" if flips.exit_flips is None else f", {flips.exit_flips:.2%} leave elsewhere at 2x"
+    return (
+        f"{words}; on {flips.rows} held-out rows accuracy {flips.accuracy:.4f} against "
+        f"{flips.source_accuracy:.4f}, {flips.label_flips:.2%} of labels flip{exits}"
+    )
 
 
 def _gates(model: MultiExitConfig) -> str:

@@ -84,6 +84,11 @@ def test_int8_stays_close_and_says_on_which_rows(
     measured = after.manifest.graphs.activations
     assert measured is not None
     assert measured.data_fingerprint == before.manifest.data.held_out_fingerprint
+    flips = after.manifest.graphs.flips
+    assert flips is not None
+    assert flips.rows >= measured.rows
+    assert flips.label_flips <= 0.05
+    assert abs(flips.accuracy - flips.source_accuracy) <= flips.label_flips
     encodings = encodings_of(before, data)
     ours = record_exits(after.any_stack(threads=1), encodings).logits
     theirs = record_exits(before.any_stack(), encodings).logits
@@ -145,7 +150,9 @@ def test_calibration_is_of_the_backend_and_dtype(
         capsys, "calibrate", checkpoint, *rows, "--backend", "onnx"
     )
     assert main(["inspect", str(int8)]) == 0
-    assert "int8" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())  # folded to the terminal's width
+    assert "ONNX, int8, of weights" in shown
+    assert "of labels flip" in shown
 
 
 def test_what_is_wrong_is_named(

@@ -110,7 +110,9 @@ class ExitHeads(nn.Module):
 
     def classify(self, exit_index: int, state: Tensor) -> Tensor:
         """States [n, W] → logits [n, C]."""
-        logits: Tensor = self.classifiers[exit_index](self.dropout(state))
+        if self.training:
+            state = self.dropout(state)
+        logits: Tensor = self.classifiers[exit_index](state)
         return logits
 
     def gate_logits(self, exit_index: int, state: Tensor) -> Tensor:

@@ -136,12 +136,13 @@ def _leavers(
     rows_run: int,
 ) -> Leavers:
     index = leaving.nonzero().squeeze(-1)
+    by_policy = decision.leaving & (exit_layer >= rows.min_layer)
     return Leavers(
         exit_layer=exit_layer,
-        row=rows.row[index],
-        label=decision.label[index],
-        logits=head.logits[index].float(),
-        signal=decision.signal[index],
-        by_policy=decision.leaving[index] & (exit_layer >= rows.min_layer[index]),
+        row=rows.row.index_select(0, index),
+        label=decision.label.index_select(0, index),
+        logits=head.logits.index_select(0, index).float(),
+        signal=decision.signal.index_select(0, index),
+        by_policy=by_policy.index_select(0, index),
         rows_run=rows_run,
     )

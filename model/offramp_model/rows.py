@@ -198,9 +198,9 @@ class ActiveRows:
         """Drop every row where `stays` (bool [n]) is false, from everything at once."""
         self.hidden = self.hidden.keep(stays)
         index = stays.nonzero().squeeze(-1)
-        self.row = self.row[index]
-        self.threshold = self.threshold[index]
-        self.min_layer = self.min_layer[index]
-        self.max_layer = self.max_layer[index]
-        self.alive = self.alive[index]
-        self.state = {name: values[index] for name, values in self.state.items()}
+        self.row = self.row.index_select(0, index)
+        self.threshold = self.threshold.index_select(0, index)
+        self.min_layer = self.min_layer.index_select(0, index)
+        self.max_layer = self.max_layer.index_select(0, index)
+        self.alive = self.alive.index_select(0, index)
+        self.state = {name: values.index_select(0, index) for name, values in self.state.items()}

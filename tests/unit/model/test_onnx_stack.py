@@ -3,11 +3,13 @@
 import random
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from loading import load
 from offramp_model.config import MultiExitConfig, Pooling
@@ -15,7 +17,8 @@ from offramp_model.encoder import PackedEncoder
 from offramp_model.families import family_of
 from offramp_model.heads import ExitHeads
 from offramp_model.onnx_graph import embedding_graph, segment_graph
-from offramp_model.onnx_stack import OnnxStack
+from offramp_model.onnx_nodes import Nodes
+from offramp_model.onnx_stack import OnnxStack, make_session
 from offramp_model.policies import POLICIES, make_policy
 from offramp_model.recorded import record_exits
 from offramp_model.rows import Encoding, RowSettings, TokenBatch
@@ -153,6 +156,28 @@ def test_full_depth_is_the_torch_stack_under_the_loop(
     ours, theirs = (run_loop(one, encodings, policy, asked) for one in (onnx_stack, stack))
     assert ours.exit_layer.equal(theirs.exit_layer)
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_int8_products_do_not_overflow() -> None:
+    """On x86 without VNNI the usual kernel adds two products of bytes in 16 bits."""
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-127, 128, (512, 64)).astype(np.int8)
+    values = rng.integers(150, 256, (9, 512)).astype(np.uint8)
+    nodes = Nodes()
+    product = nodes.add(
+        "MatMulIntegerToFloat",
+        "x",
+        nodes.constant("weight", weight),
+        nodes.constant("scale", np.float32(1)),
+        nodes.constant("scales", np.ones(64, np.float32)),
+        nodes.constant("zero", np.uint8(128)),
+        "",
+        nodes.constant("bias", np.zeros(64, np.float32)),
+    )
+    inputs = [helper.make_tensor_value_info("x", TensorProto.UINT8, ["T", 512])]
+    session = make_session(nodes.model("product", inputs, [product]).SerializeToString(), 1)
+    (found,) = session.run(None, {"x": values})
+    assert np.array_equal(found, (values.astype(np.int32) - 128) @ weight.astype(np.int32))
 
 
 def test_a_graph_that_cannot_be_run_is_refused_by_name(stack: PackedEncoder) -> None:

@@ -59,6 +59,7 @@ class ObjectiveRecord(BaseModel):
 
     name: str
     parameters: dict[str, JsonValue] = {}
+    untrained_stages: tuple[str, ...] = ()  # for want of time
 
 
 class DataRecord(BaseModel):

@@ -11,6 +11,21 @@ Pooling = Literal["cls", "mean", "mean_cls", "max_mean", "attention"]
 Pooler = Literal["shared", "per_exit", "none"]
 
 
+class PolicyOptions(BaseModel):
+    """What exit policies are made of beside their thresholds; one set for a model.
+
+    `temperature` softens the probabilities that confidence, margin, entropy and energy look at:
+    softmax(z / T). Votes are divided by `l^vote_exponent`; a row that no vote let go takes the
+    label of the last exit or, by `vote_fallback`, of the majority.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    vote_exponent: Annotated[float, Field(ge=0, lt=1)] = 0.75
+    vote_fallback: Literal["last", "majority"] = "last"
+
+
 class MultiExitConfig(BaseModel):
     """The shape of a multi-exit classifier.
 
@@ -32,6 +47,7 @@ class MultiExitConfig(BaseModel):
     max_length: Annotated[int, Field(ge=2)] = 128
     head_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     gate_hidden: Annotated[int, Field(ge=0)] | None = None
+    policies: PolicyOptions = PolicyOptions()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

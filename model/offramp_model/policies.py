@@ -10,13 +10,14 @@ A policy knows nothing about layers to come, compaction, batching or calibration
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from offramp_model import signals
-from offramp_model.config import MultiExitConfig
+from offramp_model.config import MultiExitConfig, PolicyOptions
 from offramp_model.rows import ActiveRows
 
 Direction = Literal["below", "above", "at_least"]
@@ -238,32 +239,35 @@ class GatePolicy(_Memoryless):
 
 
 def _signal_policy(
-    name: str, direction: Direction, signal: Callable[[Tensor], Tensor]
-) -> Callable[[], ExitPolicy]:
-    return lambda: SignalPolicy(name, direction, signal)
+    name: str, direction: Direction, signal: Callable[..., Tensor]
+) -> Callable[[PolicyOptions], ExitPolicy]:
+    def make(options: PolicyOptions) -> ExitPolicy:
+        return SignalPolicy(name, direction, partial(signal, temperature=options.temperature))
+
+    return make
 
 
-POLICIES: dict[str, Callable[[], ExitPolicy]] = {
-    "full_depth": FullDepthPolicy,
-    "fixed_layer": FixedLayerPolicy,
+POLICIES: dict[str, Callable[[PolicyOptions], ExitPolicy]] = {
+    "full_depth": lambda _: FullDepthPolicy(),
+    "fixed_layer": lambda _: FixedLayerPolicy(),
     "confidence": _signal_policy("confidence", "above", signals.max_probability),
     "margin": _signal_policy("margin", "above", signals.margin),
     "entropy": _signal_policy("entropy", "below", signals.normalised_entropy),
     "energy": _signal_policy("energy", "below", signals.energy),
-    "patience": PatiencePolicy,
-    "vote": VotePolicy,
-    "gate": GatePolicy,
+    "patience": lambda _: PatiencePolicy(),
+    "vote": lambda options: VotePolicy(options.vote_exponent, options.vote_fallback),
+    "gate": lambda _: GatePolicy(),
 }
 
 
-def make_policy(name: str) -> ExitPolicy:
-    """The exit policy of that name.
+def make_policy(name: str, options: PolicyOptions | None = None) -> ExitPolicy:
+    """The exit policy of that name; a model's own is that of `make_supported_policy`.
 
     Raises:
         ValueError: there is none; the message lists those there are.
     """
     try:
-        return POLICIES[name]()
+        return POLICIES[name](options or PolicyOptions())
     except KeyError:
         raise ValueError(f"unknown exit policy {name!r}; known: {', '.join(POLICIES)}") from None
 
@@ -274,13 +278,13 @@ def supported_policies(config: MultiExitConfig) -> tuple[str, ...]:
 
 
 def make_supported_policy(name: str, config: MultiExitConfig) -> ExitPolicy:
-    """The exit policy of that name, for this model.
+    """The exit policy of that name with the model's options.
 
     Raises:
         ValueError: there is none, or the model lacks what it looks at; the message lists those
             that the model supports.
     """
-    policy, supported = make_policy(name), supported_policies(config)
+    policy, supported = make_policy(name, config.policies), supported_policies(config)
     if name not in supported:
         raise ValueError(
             f"exit policy {name!r} needs gates, and this checkpoint has none; it supports: "

@@ -18,14 +18,14 @@ def _widen(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def max_probability(logits: Tensor) -> Tensor:
-    """Largest softmax probability, in [1/C, 1] (confidence; L2W-DEN, DeeBERT's successors)."""
-    return torch.softmax(_widen(logits), dim=-1).amax(dim=-1)
+def max_probability(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Largest probability of softmax(z/T), in [1/C, 1] (confidence; COSEE, L2W-DEN)."""
+    return torch.softmax(_widen(logits) / temperature, dim=-1).amax(dim=-1)
 
 
-def margin(logits: Tensor) -> Tensor:
-    """Difference of the two largest softmax probabilities, in [0, 1]."""
-    top = torch.softmax(_widen(logits), dim=-1).topk(2, dim=-1).values
+def margin(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Difference of the two largest probabilities of softmax(z/T), in [0, 1]."""
+    top = torch.softmax(_widen(logits) / temperature, dim=-1).topk(2, dim=-1).values
     return top[..., 0] - top[..., 1]
 
 

@@ -55,10 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fit(options: argparse.Namespace) -> None:
     from offramp_training.fit import fit  # transformers and accelerate: seconds to import
 
-    overrides = list(options.set)
-    if options.objective:
-        overrides.append(f'objective.name="{options.objective}"')
-    recipe = read_recipe(options.recipe, overrides)
+    recipe = read_recipe(options.recipe, options.set, objective=options.objective)
     output = fit(
         recipe,
         options.output,
@@ -81,13 +78,10 @@ def _sweep(options: argparse.Namespace) -> None:
     from offramp_training.results import METRICS, print_sweep
     from offramp_training.sweep import sweep
 
-    overrides = list(options.set)
-    if options.objective:
-        overrides.append(f'objective.name="{options.objective}"')
     if options.metric not in METRICS:
         raise RecipeError(f"--metric {options.metric}; allowed: {', '.join(METRICS)}")
     ranked = sweep(
-        read_table(options.recipe, overrides),
+        read_table(options.recipe, options.set, objective=options.objective),
         parse_grid(options.grid, options.seeds),
         options.output,
         data=options.data,

@@ -17,7 +17,7 @@ import torch
 
 from offramp_model.calibration import CalibrationTable, curve
 from offramp_model.checkpoint import Checkpoint, Manifest, update_manifest
-from offramp_model.policies import make_policy, supported_policies
+from offramp_model.policies import make_supported_policy, supported_policies
 from offramp_training.data import Dataset
 from offramp_training.errors import DataError
 from offramp_training.evaluate import best_policy, check_policies, record_dataset
@@ -51,7 +51,7 @@ def calibrate_checkpoint(
             split=dataset.split,
             rows=len(dataset),
             data_fingerprint=dataset.fingerprint,
-            points=curve(recorded, labels, make_policy(name)),
+            points=curve(recorded, labels, make_supported_policy(name, checkpoint.model)),
         )
         for name in policies
     )

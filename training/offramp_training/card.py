@@ -101,13 +101,16 @@ def _origin(manifest: Manifest) -> str:
     data, parameters = manifest.data, manifest.objective.parameters
     model: Any = parameters.get("model", {})
     heads = f"pooling `{manifest.model.pooling_form}`, pooler `{manifest.model.pooler}`"
+    untrained = ", ".join(manifest.objective.untrained_stages)
     distilled = DistillationSection.model_validate(parameters.get("distillation", {})).in_words
     return (
         "## Origin\n\n"
         f"Backbone `{_short(str(model.get('backbone', 'unknown')))}`; exit heads with {heads}; "
         f"objective `{manifest.objective.name}`; seed {manifest.seed}; {data.train_rows} training "
         f"rows, {data.held_out_rows} rows held out for calibration. "
-        f"{f'Distilled from {distilled}. ' if distilled else ''}Every setting is in `offramp.json`."
+        f"{f'Distilled from {distilled}. ' if distilled else ''}"
+        f"{f'Not trained for want of time: {untrained}. ' if untrained else ''}"
+        "Every setting is in `offramp.json`."
     )
 
 

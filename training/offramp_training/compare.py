@@ -29,7 +29,7 @@ from offramp_model.calibration import (
     trace,
 )
 from offramp_model.checkpoint import Checkpoint
-from offramp_model.policies import make_policy
+from offramp_model.policies import make_policy, make_supported_policy
 from offramp_model.recorded import RecordedExits
 from offramp_training import statistics
 from offramp_training.data import Dataset
@@ -168,15 +168,15 @@ def _measure(
     name: str, checkpoint: Checkpoint, recorded: RecordedExits, dataset: Dataset, wanted: str
 ) -> tuple[Compared, Outcomes]:
     labels, manifest = torch.tensor(dataset.labels), checkpoint.manifest
-    policy, chosen_on = _choose(checkpoint, recorded, dataset, wanted)
-    points = curve(recorded, labels, make_policy(policy))
-    seen = trace(recorded, make_policy(policy))
+    name_of_policy, chosen_on = _choose(checkpoint, recorded, dataset, wanted)
+    policy = make_supported_policy(name_of_policy, checkpoint.model)
+    points, seen = curve(recorded, labels, policy), trace(recorded, policy)
     accuracies = layer_accuracies(recorded, labels)
     compared = Compared(
         name=name,
         objective=manifest.objective.name,
         seed=manifest.seed,
-        policy=policy,
+        policy=policy.name,
         chosen_on=chosen_on,
         num_layers=recorded.num_layers,
         layers=dict(zip(recorded.exit_layers, accuracies, strict=True)),
@@ -202,7 +202,7 @@ def _choose(
         return manifest.best_policy, here if same else "calibration rows"
     labels = torch.tensor(dataset.labels)
     curves = {
-        name: curve(recorded, labels, make_policy(name))
+        name: curve(recorded, labels, make_supported_policy(name, checkpoint.model))
         for name in default_policies(checkpoint.model)
     }
     return best_policy(curves, manifest.exit_policy) or manifest.exit_policy, here
@@ -211,12 +211,16 @@ def _choose(
 def signal_aurocs(seen: ExitTrace, labels: torch.Tensor) -> list[float | None]:
     """At each exit: how well the signal tells the rows that are right there from the others.
 
-    A row that cannot leave, whose signal is NaN, counts as the least sure.
+    A row that cannot leave, whose signal is NaN, counts as the least sure. None where the signal
+    is the same for all rows and so tells nothing: votes at the first exit, gates at the last.
     """
     sign = -1.0 if seen.direction == "below" else 1.0
     sureness = torch.where(seen.can_leave, sign * seen.signal, -torch.inf).numpy()
     right = (seen.label == labels).numpy()
-    return [statistics.auroc(*one) for one in zip(sureness, right, strict=True)]
+    return [
+        None if (one == one[0]).all() else statistics.auroc(one, is_right)
+        for one, is_right in zip(sureness, right, strict=True)
+    ]
 
 
 def _outcomes(seen: ExitTrace, points: Sequence[CurvePoint], labels: torch.Tensor) -> Outcomes:

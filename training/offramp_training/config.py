@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from offramp_model.config import Pooler, Pooling
+from offramp_model.config import PolicyOptions, Pooler, Pooling
 from offramp_training.errors import RecipeError
 from offramp_training.explain import explain
 from offramp_training.objectives import OBJECTIVES, Objective, make_objective
@@ -145,6 +145,7 @@ class Recipe(Section):
     data: DataSection = DataSection()
     objective: SerializeAsAny[Any] = Field(default_factory=Joint)  # an Objective
     distillation: DistillationSection = DistillationSection()
+    policies: PolicyOptions = PolicyOptions()
     optimiser: OptimiserSection = OptimiserSection()
     loop: LoopSection = LoopSection()
 
@@ -162,13 +163,20 @@ class Recipe(Section):
         return self.model_dump(mode="json")
 
 
-def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe in a TOML file with `section.key=value` overrides applied on top."""
-    return make_recipe(read_table(path, overrides))
+def read_recipe(
+    path: Path, overrides: Iterable[str] = (), *, objective: str | None = None
+) -> Recipe:
+    """The recipe in a TOML file, checked; see `read_table`."""
+    return make_recipe(read_table(path, overrides, objective=objective))
 
 
-def read_table(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """The values of a recipe file with overrides on top, not checked yet."""
+def read_table(
+    path: Path, overrides: Iterable[str] = (), *, objective: str | None = None
+) -> dict[str, Any]:
+    """The values of a recipe file with `section.key=value` overrides on top, not checked yet.
+
+    Another `objective` than the file's has its own defaults: the file's options are none of its.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -177,6 +185,9 @@ def read_table(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not TOML: {error}") from None
+    own = table.get("objective", {})
+    if objective is not None and isinstance(own, dict) and own.get("name", "joint") != objective:
+        table["objective"] = {"name": objective}
     for override in overrides:
         apply_override(table, override)
     return table

@@ -31,7 +31,7 @@ from offramp_model.checkpoint import Checkpoint, CheckpointError, update_manifes
 from offramp_model.config import MultiExitConfig
 from offramp_model.policies import (
     POLICIES,
-    make_policy,
+    ExitPolicy,
     make_supported_policy,
     supported_policies,
 )
@@ -126,7 +126,8 @@ def evaluate_checkpoint(
     natural = {}
     if manifest.exit_threshold is not None:
         natural[manifest.exit_policy] = manifest.exit_threshold
-    return make_report(recorded, dataset, chosen, tables, natural)
+    made = [make_supported_policy(name, checkpoint.model) for name in chosen]
+    return make_report(recorded, dataset, made, tables, natural)
 
 
 def check_policies(checkpoint: Checkpoint, policies: Sequence[str]) -> None:
@@ -158,7 +159,7 @@ def record_dataset(
 def make_report(
     recorded: RecordedExits,
     dataset: Dataset,
-    policies: Sequence[str],
+    policies: Sequence[ExitPolicy],
     tables: Mapping[str, CalibrationTable],
     natural: Mapping[str, float] | None = None,
 ) -> Report:
@@ -175,10 +176,10 @@ def make_report(
         labels=dataset.label_names,
         layers=dict(zip(recorded.exit_layers, accuracies, strict=True)),
         policies={
-            name: _measure_policy(
-                recorded, labels, name, tables.get(name), (natural or {}).get(name)
+            policy.name: _measure_policy(
+                recorded, labels, policy, tables.get(policy.name), (natural or {}).get(policy.name)
             )
-            for name in policies
+            for policy in policies
         },
         oracle_speedup=speedup,
         oracle_accuracy=accuracy,
@@ -188,11 +189,10 @@ def make_report(
 def _measure_policy(
     recorded: RecordedExits,
     labels: torch.Tensor,
-    name: str,
+    policy: ExitPolicy,
     table: CalibrationTable | None,
     natural: float | None,
 ) -> PolicyReport:
-    policy = make_policy(name)
     points = curve(recorded, labels, policy)
     requested = reachable_speedups(points)
 

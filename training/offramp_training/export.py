@@ -26,7 +26,7 @@ from offramp_model.checkpoint import (
     write_checkpoint,
 )
 from offramp_model.families import family_of
-from offramp_model.policies import make_policy
+from offramp_model.policies import make_supported_policy
 from offramp_model.recorded import RecordedExits, record_exits, replay
 from offramp_training.data import Dataset
 from offramp_training.errors import OutputError
@@ -116,7 +116,7 @@ def _exit_flips(source: Checkpoint, before: RecordedExits, after: RecordedExits)
         threshold = source.table(name).threshold_for(HEADLINE_SPEEDUP)
     except ValueError:  # not calibrated, or not that far
         return None
-    policy = make_policy(name)
+    policy = make_supported_policy(name, source.model)
     left = [replay(one, policy, threshold).exit_layer for one in (before, after)]
     return float((left[0] != left[1]).double().mean())
 

@@ -60,6 +60,9 @@ from offramp_training.teacher import make_distillation, open_teacher
 # threads it gets. The last two show in the weights, but they are the machine's, not the run's.
 NOT_IDENTITY = ("checkpoint_every_steps", "max_minutes", "threads")
 
+UNTRAINED_POLICY = "entropy"
+"""Of a checkpoint that lacks stages: looks at logits alone."""
+
 
 @dataclass(frozen=True)
 class FitData:
@@ -94,7 +97,7 @@ def fit(
         rows = choose_rows(recipe, data)
         recipe, teacher = open_teacher(recipe, rows.train.label_names)
         backbone = resolve_backbone(recipe.model.backbone)
-        model = build_model(backbone, recipe.model, rows.train.label_names, recipe.loop.seed)
+        model = _model(recipe, backbone, rows)
         tokenizer = load_tokenizer(backbone, model)
         stages = _stages(recipe, model, rows)
     points = ResumePoints(work / "resume")
@@ -128,7 +131,8 @@ def fit(
         train(run)
     with processes.agreeing():
         if processes.is_main:
-            made = _write(recipe, rows, model, work)
+            untrained = tuple(stage.name for stage in stages[run.position.stage :])
+            made = _write(_manifest(recipe, rows, model, untrained), model, work)
             if calibrate:
                 checkpoint = calibrate_checkpoint(load_checkpoint(made), rows.held_out)
                 report = evaluate_checkpoint(checkpoint, rows.report)
@@ -146,7 +150,7 @@ def check_recipe(recipe: Recipe, rows: FitData) -> Recipe:
     """
     recipe, _ = open_teacher(recipe, rows.train.label_names)
     backbone = resolve_backbone(recipe.model.backbone)
-    model = build_model(backbone, recipe.model, rows.train.label_names, recipe.loop.seed)
+    model = _model(recipe, backbone, rows)
     load_tokenizer(backbone, model)
     _stages(recipe, model, rows)
     make_accelerator(recipe.loop)
@@ -217,6 +221,11 @@ def _start_work(work: Path, points: ResumePoints, overwrite: bool) -> None:
         raise OutputError(f"{work}: {error.strerror}") from None
 
 
+def _model(recipe: Recipe, backbone: Path, rows: FitData) -> MultiExitModel:
+    labels, seed = rows.train.label_names, recipe.loop.seed
+    return build_model(backbone, recipe.model, labels, seed, recipe.policies)
+
+
 def _stages(recipe: Recipe, model: MultiExitModel, rows: FitData) -> list[Stage]:
     if recipe.distillation.self_weight > 0 and model.config.num_exits < 2:
         raise RecipeError(
@@ -273,9 +282,9 @@ def _identity(table: dict[str, Any], rows: FitData) -> dict[str, Any]:
     }
 
 
-def _write(recipe: Recipe, rows: FitData, model: MultiExitModel, work: Path) -> Path:
+def _write(manifest: Manifest, model: MultiExitModel, work: Path) -> Path:
     """The checkpoint, still among the files of the run."""
-    manifest, made = _manifest(recipe, rows, model), work / "checkpoint"
+    made = work / "checkpoint"
 
     def fill(directory: Path) -> None:
         model.save_backbone(directory)
@@ -294,10 +303,16 @@ def _publish(made: Path, output: Path, work: Path) -> None:
         shutil.rmtree(work / "replaced", ignore_errors=True)
         output.rename(work / "replaced")
     made.rename(output)
+    # At once: resume points of which a part is deleted would be an unfinished run that is damaged.
+    if (work / "resume").exists():  # not where there was no time for a single step
+        (work / "resume").rename(work / "done")
     shutil.rmtree(work)
 
 
-def _manifest(recipe: Recipe, rows: FitData, model: MultiExitModel) -> Manifest:
+def _manifest(
+    recipe: Recipe, rows: FitData, model: MultiExitModel, untrained: tuple[str, ...]
+) -> Manifest:
+    objective = recipe.objective
     table = recipe.as_dict()
     del table["data"]["path"]
     if recipe.distillation.teacher is not None:  # its hashes say which it was, wherever it lies
@@ -305,9 +320,12 @@ def _manifest(recipe: Recipe, rows: FitData, model: MultiExitModel) -> Manifest:
     packages = ("offramp", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
     return Manifest(
         model=model.config,
-        exit_policy=recipe.objective.exit_policy,
-        exit_threshold=recipe.objective.exit_threshold,
-        objective=ObjectiveRecord(name=recipe.objective.name, parameters=table),
+        # What the objective's own policy looks at may be what time was too short for.
+        exit_policy=UNTRAINED_POLICY if untrained else objective.exit_policy,
+        exit_threshold=None if untrained else objective.exit_threshold,
+        objective=ObjectiveRecord(
+            name=objective.name, parameters=table, untrained_stages=untrained
+        ),
         seed=recipe.loop.seed,
         data=DataRecord(
             name=rows.name,

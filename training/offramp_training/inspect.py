@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from offramp_model.checkpoint import Checkpoint, GraphRecord, load_checkpoint
+from offramp_model.checkpoint import Checkpoint, GraphRecord, Manifest, load_checkpoint
 from offramp_model.config import MultiExitConfig
 from offramp_training.config import DistillationSection
 
@@ -38,7 +38,7 @@ def _print_facts(checkpoint: Checkpoint, console: Console) -> None:
         ("exits", "after layers " + ", ".join(map(str, model.exit_layers))),
         ("heads", f"pooling {model.pooling_form}, pooler {model.pooler}, {_gates(model)}"),
         ("labels", f"{model.num_labels}: {labels}"),
-        ("objective", manifest.objective.name),
+        ("objective", _objective(manifest)),
         *([("distilled from", distilled)] if distilled else []),
         ("exit policy", manifest.exit_policy),
         ("best at 2x", manifest.best_policy or "unknown: not calibrated, or none gets that far"),
@@ -48,6 +48,12 @@ def _print_facts(checkpoint: Checkpoint, console: Console) -> None:
     ):  # fmt: skip
         facts.add_row(name, value)
     console.print(facts)
+
+
+def _objective(manifest: Manifest) -> str:
+    objective = manifest.objective
+    missing = ", ".join(objective.untrained_stages)
+    return objective.name + (f"; not trained for want of time: {missing}" if missing else "")
 
 
 def _graphs(graphs: GraphRecord) -> str:

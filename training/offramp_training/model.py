@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import nn
 
-from offramp_model.config import MultiExitConfig
+from offramp_model.config import MultiExitConfig, PolicyOptions
 from offramp_model.encoder import check_backbone
 from offramp_model.families import FAMILIES
 from offramp_model.heads import ExitHeads
@@ -148,11 +148,16 @@ class MultiExitModel(nn.Module):
 
 
 def build_model(
-    directory: Path, section: ModelSection, labels: tuple[str, ...], seed: int
+    directory: Path,
+    section: ModelSection,
+    labels: tuple[str, ...],
+    seed: int,
+    policies: PolicyOptions | None = None,
 ) -> MultiExitModel:
     """A backbone from a local directory with fresh exit heads, the same heads for the same seed."""
     backbone = load_backbone(directory)
     config = _multi_exit_config(backbone.config, section, labels)
+    config = config.model_copy(update={"policies": policies or PolicyOptions()})
     try:
         check_backbone(backbone.config.to_dict(), config)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offramp_model.config import MultiExitConfig
+from offramp_model import signals
+from offramp_model.config import MultiExitConfig, PolicyOptions
 from offramp_model.policies import (
     POLICIES,
     HeadOutput,
     VotePolicy,
     make_policy,
+    make_supported_policy,
     never,
     threshold_range,
 )
@@ -255,3 +258,24 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_the_vocabulary_has_an_end(tokenizer: TextTokenizer) -> None:
     assert tokenizer.largest_id == 49
+
+
+def test_policies_are_made_as_the_model_says() -> None:
+    options = PolicyOptions(temperature=2.0, vote_exponent=0.5, vote_fallback="majority")
+    config = MultiExitConfig(
+        num_layers=2, hidden_size=4, exit_layers=(1, 2), labels=("a", "b"), policies=options
+    )
+    logits = torch.tensor([[2.0, 0.0], [-1.0, 3.0]])
+    for name, signal in {
+        "confidence": signals.max_probability,
+        "margin": signals.margin,
+        "entropy": signals.normalised_entropy,
+        "energy": signals.energy,
+    }.items():
+        policy = make_supported_policy(name, config)
+        rows: Any = SimpleNamespace(threshold=torch.zeros(2, dtype=torch.float64))
+        found = policy.decide(1, HeadOutput(logits), rows).signal
+        assert found.equal(signal(logits, 2.0)), name
+        assert not found.equal(make_policy(name).decide(1, HeadOutput(logits), rows).signal)
+    assert make_supported_policy("vote", config) == VotePolicy(0.5, "majority")
+    assert make_policy("vote") == VotePolicy(0.75, "last")

@@ -40,7 +40,7 @@ def bad_option(objective: str, key: str, value: Any, right: Any, *says: str) -> 
 def lambdas() -> dict[str, Bad]:
     return {
         f"lambda {value}": bad_option("ensemble", "lambda", value, 0.1, "a number from 0 to 1")
-        for value in (-0.1, 1.001, 7, "much", float("nan"))
+        for value in (-0.1, 1.001, 7, "much", "0.3", True, float("nan"))
     }
 
 
@@ -49,7 +49,7 @@ def trajectories() -> dict[str, Bad]:
         f"K {value}": bad_option(
             "consistentee", "trajectories", value, 8, "a whole number from 2 to 1024"
         )
-        for value in (1, 0, -8, 2.5)
+        for value in (1, 0, -8, 2.5, True)
     }
 
 

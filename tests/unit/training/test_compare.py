@@ -120,7 +120,7 @@ def test_auroc_is_of_the_signal_against_being_right() -> None:
         seen = trace(recorded, make_policy(name))
         assert signal_aurocs(seen, labels)[:2] == [1.0, 0.0]
         assert signal_aurocs(seen, later) == [None, None, None]
-    assert signal_aurocs(trace(recorded, make_policy("patience")), labels)[0] == 0.5  # all tie
+    assert signal_aurocs(trace(recorded, make_policy("patience")), labels)[0] is None  # all tie
     broken = logits.clone()
     broken[1, 2] = torch.nan  # cannot leave there: the least sure of all
     seen = trace(RecordedExits(broken, (1, 2, 3)), make_policy("entropy"))
@@ -150,6 +150,15 @@ def test_other_rows_are_refused(checkpoint: Path, other: Path, test_rows: Datase
         compare_checkpoints(both, [test_rows, fewer])
     with pytest.raises(DataError, match="is given twice"):
         compare_checkpoints([both[0], both[0]], [test_rows, test_rows])
+
+
+def test_a_signal_that_is_the_same_for_all_rows_tells_nothing() -> None:
+    logits = torch.randn(3, 20, 2, generator=torch.Generator().manual_seed(0))
+    recorded, labels = RecordedExits(logits, (1, 2, 3)), torch.arange(20) % 2
+    votes = signal_aurocs(trace(recorded, make_policy("vote")), labels)
+    assert votes[0] is None  # one vote each
+    assert votes[1] is not None
+    assert None not in signal_aurocs(trace(recorded, make_policy("entropy")), labels)
 
 
 def test_names_are_as_long_as_they_must_be(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from offramp_training.config import (
     read_table,
 )
 from offramp_training.errors import RecipeError
+from offramp_training.objectives import OBJECTIVES
 
 RECIPES = Path(__file__).parents[3] / "training" / "recipes"
 
@@ -20,6 +21,22 @@ RECIPES = Path(__file__).parents[3] / "training" / "recipes"
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
     assert read_recipe(path).objective.name in path.stem
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("stem", ["sst2-joint", "trec6-cosee", "mrpc-l2w", "snips-joint"])
+def test_another_objective_takes_the_recipe_with_its_own_defaults(
+    stem: str, objective: str
+) -> None:
+    own, path = stem.partition("-")[2], RECIPES / f"{stem}.toml"
+    recipe = read_recipe(path, objective=objective)
+    assert recipe.loop == read_recipe(path).loop
+    if objective == own:
+        assert recipe == read_recipe(path)
+    else:
+        assert recipe.objective == make_recipe({"objective": {"name": objective}}).objective
+    set_too = read_recipe(path, ["objective.lambda=0.3"], objective="ensemble")
+    assert set_too.objective.lambda_ == 0.3
 
 
 def test_defaults_are_a_recipe() -> None:
@@ -33,9 +50,15 @@ def test_defaults_are_a_recipe() -> None:
     [
         (
             {"lop": {}},
-            ["lop: unknown key", "allowed: model, data, objective, distillation, optimiser, loop"],
+            [
+                "lop: unknown key",
+                "allowed: model, data, objective, distillation, policies, opt",
+            ],
         ),
         ({"loop": {"epoch": 3}}, ["loop.epoch: unknown key", "allowed: epochs, batch_size"]),
+        ({"policies": {"temperature": 0}}, ["policies.temperature = 0", "a number above 0"]),
+        ({"policies": {"vote_exponent": 1}}, ["policies.vote_exponent = 1", "from 0", "below 1"]),
+        ({"policies": {"vote_fallback": "none"}}, ["policies.vote_fallback", "'majority'"]),
         ({"loop": {"epochs": 0}}, ["loop.epochs = 0", "from 1"]),
         (
             {"loop": {"precision": "int8"}},

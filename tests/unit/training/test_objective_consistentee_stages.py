@@ -20,6 +20,7 @@ from offramp_training.errors import RecipeError
 from offramp_training.evaluate import evaluate_checkpoint, print_report
 from offramp_training.fit import fit
 from offramp_training.inspect import inspect_checkpoint
+from offramp_training.loop import Run
 from offramp_training.model import MultiExitModel, build_model
 from offramp_training.objectives import Progress, consistentee
 from offramp_training.objectives.base import Stage
@@ -400,6 +401,28 @@ def test_what_fit_writes_has_gates_tables_and_the_natural_point(
     printed = capsys.readouterr().out
     assert "gate at the threshold it was trained for, 0.4: accuracy" in printed
     assert "pooling attention (2 heads), pooler none, gates 32 wide" in printed
+
+
+def test_what_time_was_too_short_for_does_not_decide(
+    tmp_path: Path,
+    data: Path,
+    table: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from rich.console import Console
+
+    monkeypatch.setattr(Run, "seconds", property(lambda run: run.position.steps))
+    table["loop"]["max_minutes"] = 1 / 60
+    made = fit(make_recipe(table), tmp_path / "out", data=str(data))
+    manifest = load_checkpoint(made).manifest
+    assert manifest.objective.untrained_stages == ("gates", "joint")
+    assert (manifest.exit_policy, manifest.exit_threshold) == ("entropy", None)
+    stored: Any = manifest.evaluation["policies"]
+    assert all("natural" not in one for one in stored.values())
+    assert "Not trained for want of time: gates, joint." in (made / "README.md").read_text()
+    inspect_checkpoint(made, Console(width=120))
+    assert "not trained for want of time: gates, joint" in capsys.readouterr().out
 
 
 def test_the_policy_learns_to_stop_where_it_pays(

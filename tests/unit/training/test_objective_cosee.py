@@ -98,9 +98,11 @@ class FixedLogits(torch.nn.Module):
         return self.table
 
 
-def make_stage(logits: Tensor, seed: int = 0, epochs: int = 3, **options: Any) -> CoseeStage:
+def make_stage(
+    logits: Tensor, seed: int = 0, epochs: int = 3, temperature: float = 1.0, **options: Any
+) -> CoseeStage:
     model: Any = FixedLogits(logits)
-    return CoseeStage(model, epochs, Cosee(**options), seed)
+    return CoseeStage(model, epochs, Cosee(**options), seed, temperature=temperature)
 
 
 def loss_of(stage: CoseeStage, labels: Tensor, step: int = 0, total: int = 10) -> Tensor:
@@ -586,7 +588,6 @@ def test_options(registered: None) -> None:
     recipe = make_recipe({"objective": {"name": "cosee", "signal": "entropy"}})
     assert recipe.objective.options() == {
         "signal": "entropy",
-        "temperature": 1.0,
         "num_thresholds": 5,
         "beta_0": 10.0,
         "alpha": 0.1,
@@ -602,7 +603,6 @@ def test_options(registered: None) -> None:
     ("options", "fragments"),
     [
         ({"signal": "margin"}, ["objective.signal = 'margin'", "'energy', 'entropy'"]),
-        ({"temperature": 0}, ["objective.temperature = 0", "a number above 0"]),
         ({"num_thresholds": 0}, ["objective.num_thresholds = 0", "from 1"]),
         ({"num_thresholds": 2.5}, ["objective.num_thresholds = 2.5", "a whole number from 1 on"]),
         ({"beta_0": -1}, ["objective.beta_0 = -1", "from 0"]),

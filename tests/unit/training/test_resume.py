@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from offramp_model.checkpoint import load_checkpoint
 from offramp_training.config import make_recipe
 from offramp_training.errors import BackboneError, DataError, OutputError
-from offramp_training.fit import fit
+from offramp_training.fit import fit, is_finished
 from offramp_training.objectives.joint import JointStage
 from offramp_training.resume import ResumePoints, load_tree, rng_state, save_tree, set_rng_state
 
@@ -299,3 +299,25 @@ def test_sigkill_and_the_same_command_again(
     for name in ("killed", "whole"):
         subprocess.run(command(tmp_path / name), env=environment, check=True)
     assert_same_bits(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+
+def test_a_kill_while_the_rest_is_cleared_away_leaves_a_finished_run(
+    backbone: Path, data: Path, recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    """The checkpoint is in place; what dies is the deletion of the resume points."""
+    output, rmtree = tmp_path / "out", shutil.rmtree
+
+    def dies(path: Path, *arguments: Any, **options: Any) -> None:
+        if output.exists() and Path(path) == tmp_path / "out.fit":
+            next(Path(path).rglob("state.json")).unlink()
+            raise KeyboardInterrupt
+        rmtree(path, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            fit(make_recipe(recipe_table), output, data=str(data), calibrate=False)
+    assert is_finished(output)
+    fit(make_recipe(recipe_table), output, data=str(data), calibrate=False, overwrite=True)
+    assert is_finished(output)
+    assert not (tmp_path / "out.fit").exists()

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 GATES, CLASSIFIERS = "exits.gates.", "exits.classifiers."
 
 # "recipe" is what the recipe's [loop] and [optimiser] say, as for any other objective.
-Epochs = Annotated[int, Field(ge=1)] | Literal["recipe"]
-BatchSize = Annotated[int, Field(ge=1)] | Literal["recipe"]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["recipe"]
+Epochs = Annotated[int, Field(strict=True, ge=1)] | Literal["recipe"]
+BatchSize = Annotated[int, Field(strict=True, ge=1)] | Literal["recipe"]
+Rate = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | Literal["recipe"]
 
 
 class ConsistentEE(BaseModel):
@@ -52,12 +52,13 @@ class ConsistentEE(BaseModel):
     name: Literal["consistentee"] = "consistentee"
     # The cost of a layer, in nats of cross-entropy. ln(C)/L makes full depth of an easy row cost as
     # much as a guess; one checkpoint serves the trade-off of one alpha.
-    alpha: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.03
+    alpha: Annotated[float, Field(strict=True, ge=0, le=10, allow_inf_nan=False)] = 0.03
     hardness: bool = True  # a row pays less the later it is memorised; false: all pay alike
-    trajectories: Annotated[int, Field(ge=2, le=1024)] = 8  # drawn per row and step
+    trajectories: Annotated[int, Field(strict=True, ge=2, le=1024)] = 8  # drawn per row and step
     baseline: Baseline = "own_mean"
-    gate_hidden: Annotated[int, Field(ge=0, le=65536)] = 32  # 0: one linear map
-    theta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # leave where a gate says more, by default
+    gate_hidden: Annotated[int, Field(strict=True, ge=0, le=65536)] = 32  # 0: one linear map
+    # Leave where a gate says more, by default.
+    theta: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.5
     stage1_epochs: Epochs = 3
     stage1_batch_size: BatchSize = 16
     stage1_lr: Rate = 2e-5
@@ -69,8 +70,8 @@ class ConsistentEE(BaseModel):
     stage3_batch_size: BatchSize = 16
     stage3_lr: Rate = 2e-5
     # Of the gates' loss beside the cross-entropy at the sampled exits, in a joint stage 3.
-    policy_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    rounds: Annotated[int, Field(ge=1, le=100)] = 1  # how often stages 2 and 3 take turns
+    policy_weight: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = 1.0
+    rounds: Annotated[int, Field(strict=True, ge=1, le=100)] = 1  # turns of stages 2 and 3
 
     @property
     def exit_policy(self) -> str:

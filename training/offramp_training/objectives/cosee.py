@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Signal = Literal["energy", "entropy", "confidence"]
 Normaliser = Literal["contributing", "paper"]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 
 class Cosee(BaseModel):
@@ -40,9 +40,8 @@ class Cosee(BaseModel):
 
     name: Literal["cosee"] = "cosee"
     signal: Signal = "energy"
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     # Thresholds drawn per step.
-    num_thresholds: Annotated[int, Field(ge=1)] = 5
+    num_thresholds: Annotated[int, Field(strict=True, ge=1)] = 5
     # How sharply weights fall off around the simulated exit at the end of training; 0: not at all.
     beta_0: NonNegative = 10.0
     # Weight of the signal term, and the distance between right and wrong rows that it asks for.
@@ -65,7 +64,15 @@ class Cosee(BaseModel):
         return ()
 
     def stages(self, model: MultiExitModel, config: Recipe) -> list[Stage]:
-        return [CoseeStage(model, config.loop.epochs, self, config.loop.seed)]
+        return [
+            CoseeStage(
+                model,
+                config.loop.epochs,
+                self,
+                config.loop.seed,
+                temperature=config.policies.temperature,
+            )
+        ]
 
     def options(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude={"name"})
@@ -74,9 +81,17 @@ class Cosee(BaseModel):
 class CoseeStage(Stage):
     """Every parameter, every exit, every batch; remembers the signals' range and its own draws."""
 
-    def __init__(self, model: MultiExitModel, epochs: int, options: Cosee, seed: int) -> None:
+    def __init__(
+        self,
+        model: MultiExitModel,
+        epochs: int,
+        options: Cosee,
+        seed: int,
+        *,
+        temperature: float = 1.0,  # of the signals, as the policies have it
+    ) -> None:
         super().__init__("cosee", model, epochs)
-        self.options = options
+        self.options, self.temperature = options, temperature
         self.direction = make_policy(options.signal).direction
         self.range = SignalRange()
         # The same in every process: all draw alike.
@@ -89,7 +104,7 @@ class CoseeStage(Stage):
         options = self.options
         batch = self.processes.share(batch)
         logits = self.model.logits(batch).float()
-        signals = signal_of(logits[:-1], options.signal, options.temperature)
+        signals = signal_of(logits[:-1], options.signal, self.temperature)
         self.range.see(signals, self.processes)
         exits = simulated_exits(
             signals, self.range.draw(options.num_thresholds, self.generator), self.direction
@@ -172,7 +187,7 @@ def signal_of(logits: torch.Tensor, signal: Signal, temperature: float = 1.0) ->
         return exit_signals.energy(logits, temperature)
     if signal == "entropy":
         return exit_signals.normalised_entropy(logits, temperature)
-    return exit_signals.max_probability(logits / temperature)
+    return exit_signals.max_probability(logits, temperature)
 
 
 def beta_at(beta_0: float, step: int, total_steps: int) -> float:

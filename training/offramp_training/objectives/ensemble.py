@@ -31,7 +31,7 @@ class Ensemble(BaseModel):
 
     name: Literal["ensemble"] = "ensemble"
     # Weight of the diversity term. `lambda` in recipes; Python keeps that word for itself.
-    lambda_: Annotated[float, Field(alias="lambda", ge=0, le=1)] = 0.1
+    lambda_: Annotated[float, Field(strict=True, alias="lambda", ge=0, le=1)] = 0.1
     # "batch" looks for one most similar exit per batch, "row" for one per row.
     min_level: MinLevel = "batch"
     # Leave out the last exit's diversity term: it answers for itself and need not differ.

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from offramp_training.config import Recipe
     from offramp_training.model import MultiExitModel
 
-Weights = (
-    Literal["uniform", "depth"] | tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...]
-)
+Weight = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Weights = Literal["uniform", "depth"] | tuple[Weight, ...]
 
 
 class Joint(BaseModel):

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from offramp_training.config import Recipe
     from offramp_training.model import MultiExitModel
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Q = Annotated[float, Field(ge=0.05, le=1.95)]
-SpeedUp = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Q = Annotated[float, Field(strict=True, ge=0.05, le=1.95)]
+SpeedUp = Annotated[float, Field(strict=True, gt=1, allow_inf_nan=False)]
 
 
 class L2W(BaseModel):
@@ -37,25 +37,25 @@ class L2W(BaseModel):
     speedup: SpeedUp | Annotated[tuple[SpeedUp, ...], Field(min_length=1)] | None = None
     q: Q | Annotated[tuple[Q, ...], Field(min_length=1)] | None = None
     # Weights are 1 + eps * centred: how far they may go, and over what their mean is 1.
-    eps: Annotated[float, Field(ge=0, le=1)] = 0.3
+    eps: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.3
     centring: Centring = "mat"
     negative_weights: Literal["allow", "clip", "refuse"] = "allow"  # clipped, the mean is above 1
     # Over the exits. "mean" makes clipping and rates compare with objectives that take means.
     reduction: Reduction = "sum"
     # The weight network and its Adam; its rate follows the recipe's schedule.
     network_input: NetworkInput = "loss"
-    hidden: Annotated[int, Field(ge=1)] = 500
+    hidden: Annotated[int, Field(strict=True, ge=1)] = 500
     meta_lr: Positive = 1e-4
-    meta_weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
-    interval: Annotated[int, Field(ge=1)] = 1  # batches from one meta step to the next
+    meta_weight_decay: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = 1e-4
+    interval: Annotated[int, Field(strict=True, ge=1)] = 1  # batches from one meta step to the next
     # The step that is looked at: plain SGD at its own rate, or the loop's optimiser's own rule.
     # Both with gradients clipped as the loop clips them.
     pseudo_rule: Literal["sgd", "precond"] = "sgd"
     pseudo_lr: Positive = 0.03  # of "sgd"; the loop's rate makes a plain step tiny
     # What it moves: everything, or the exit heads and this many of the last layers.
-    pseudo_layers: Literal["all"] | Annotated[int, Field(ge=0)] = "all"
+    pseudo_layers: Literal["all"] | Annotated[int, Field(strict=True, ge=0)] = "all"
     derivative: Derivative = "central"
-    difference_step: Annotated[float, Field(gt=0, le=1)] = 3e-3  # of "central"
+    difference_step: Annotated[float, Field(strict=True, gt=0, le=1)] = 3e-3  # of "central"
     # Who leaves where in the meta-objective.
     rounding: Rounding = "cumulative"
     allocation_signal: Sureness = "confidence"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from offramp_model import signals
-from offramp_model.calibration import ExitTrace, spread_thresholds, threshold_speedups
+from offramp_model.calibration import ExitTrace, spread_thresholds, threshold_speedups, trace
 from offramp_model.layer_loop import layer_loop, start_rows
 from offramp_model.policies import VotePolicy
 from offramp_model.recorded import RecordedExits, RecordedStack
@@ -37,15 +37,19 @@ def test_signals(oracle_cases: Any, dtype: torch.dtype) -> None:
             assert float(signals.energy(logits)) == pytest.approx(
                 case["expected"]["energy"], rel=1e-5
             )
+        if dtype == torch.float64:  # the served energy is the sigmoid of the paper's raw one
+            raw = torch.logit(signals.energy(logits, case["inputs"]["temperature"]))
+            assert float(raw) == pytest.approx(case["expected"]["energy_raw"], abs=tolerance)
 
 
-def test_energy_gradient(oracle_cases: Any) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+def test_energy_gradient(oracle_cases: Any, dtype: torch.dtype, tolerance: float) -> None:
     for case in oracle_cases("cosee", "energy_gradient"):
-        logits = torch.tensor(case["inputs"]["logits"], dtype=torch.float64, requires_grad=True)
+        logits = torch.tensor(case["inputs"]["logits"], dtype=dtype, requires_grad=True)
         signals.energy(logits, case["inputs"].get("temperature", 1)).sum().backward()
         (expected,) = case["expected"].values()
         torch.testing.assert_close(
-            logits.grad, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0
+            logits.grad, torch.tensor(expected, dtype=dtype), atol=tolerance, rtol=0
         )
 
 
@@ -58,6 +62,16 @@ def vote(labels: list[int], tau: float, exponent: float, min_layer: int, fallbac
     rows = start_rows(stack, stack.batch(), policy, settings)
     (leavers,) = (one for one in layer_loop(stack, rows, policy) if len(one.row))
     return leavers
+
+
+def first_exit_by_shortcut(
+    labels: list[int], tau: float, exponent: float, min_layer: int
+) -> dict[str, Any]:
+    """What comes out if only the class just voted for is tested: wrong with a `min_layer`."""
+    for layer, label in enumerate(labels, start=1):
+        if layer >= min_layer and labels[:layer].count(label) >= tau * layer**exponent:
+            return {"exit_layer": layer, "label": label, "by_vote": True}
+    return {"exit_layer": len(labels), "label": labels[-1], "by_vote": False}
 
 
 def test_votes(oracle_cases: Any) -> None:
@@ -75,6 +89,12 @@ def test_votes(oracle_cases: Any) -> None:
         assert bool(leavers.by_policy) == expected["by_vote"], case["case"]
         if "score_at_exit" in expected:
             assert float(leavers.signal) == pytest.approx(expected["score_at_exit"], abs=1e-5)
+            most = float(leavers.signal) * leavers.exit_layer ** arguments[2]
+            assert most == pytest.approx(max(expected["votes_at_exit"].values()))
+        if "just_voted_class_shortcut" in expected:
+            shortcut = first_exit_by_shortcut(*arguments)
+            assert shortcut == expected["just_voted_class_shortcut"]  # and that is not our answer
+            assert leavers.exit_layer != shortcut["exit_layer"]
         if "label_if_majority_fallback" in expected:
             majority = vote(*arguments, "majority")
             assert int(majority.label) == expected["label_if_majority_fallback"], case["case"]
@@ -88,6 +108,14 @@ def test_unanimous_votes(oracle_cases: Any) -> None:
         ):
             leavers = vote([1] * layers, tau, case["inputs"]["p"], 1, "last")
             assert (leavers.exit_layer if bool(leavers.by_policy) else None) == expected
+        logits = torch.tensor([1.0, 0.0]).expand(layers, 1, 2)
+        seen = trace(
+            RecordedExits(logits, tuple(range(1, layers + 1))), VotePolicy(case["inputs"]["p"])
+        )
+        breakpoints = seen.signal[:, 0].tolist()  # the thresholds at which anything changes
+        assert breakpoints[-1] == pytest.approx(case["expected"]["tau_max"], abs=1e-5)
+        if "breakpoints" in case["expected"]:
+            assert breakpoints == pytest.approx(case["expected"]["breakpoints"], abs=1e-5)
 
 
 def simulated(case: dict[str, Any], dtype: torch.dtype) -> ExitTrace:
@@ -144,12 +172,19 @@ def test_the_threshold_of_a_requested_speedup(oracle_cases: Any) -> None:
 
 def test_speedup(oracle_cases: Any) -> None:
     for case in oracle_cases("common", "speedup"):
-        counts = count_exits(case["inputs"]["exit_layers"], case["inputs"]["num_layers"])
-        assert speedup_ratio(counts) == pytest.approx(case["expected"]["speedup"], abs=1e-5)
+        layers, expected = case["inputs"]["exit_layers"], case["expected"]
+        speedup = speedup_ratio(count_exits(layers, case["inputs"]["num_layers"]))
+        assert speedup == pytest.approx(expected["speedup"], abs=1e-5)
+        if "layers_saved" in expected:
+            assert 1 - 1 / speedup == pytest.approx(expected["layers_saved"], abs=1e-5)
+        if "mean_of_ratios_wrong" in expected:
+            assert speedup != pytest.approx(expected["mean_of_ratios_wrong"], abs=1e-2)
     for case in oracle_cases("common", "speedup_from_counts"):
         counts = case["inputs"]["exit_counts"]
         assert speedup_ratio(counts) == pytest.approx(case["expected"]["speedup"], abs=1e-6)
         assert mean_exit_layer(counts) == pytest.approx(case["expected"]["mean_exit_layer"])
+        if "inverse" in case["expected"]:
+            assert 1 / speedup_ratio(counts) == pytest.approx(case["expected"]["inverse"], abs=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e2, 1e4])

@@ -128,7 +128,8 @@ class Run:
                 stage.begin_epoch(self.position.epoch)
             yield self.position.epoch
             if not self.stopped:
-                self._evaluate_once()
+                if stage.keeps_best:  # others are looked at when they end
+                    self._evaluate_once()
                 self.position.next_epoch()
 
     def batches_left(self, stage: Stage, epoch: int) -> Iterator[Batch]:

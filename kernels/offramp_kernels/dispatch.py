@@ -11,7 +11,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from offramp_kernels import reference
+from offramp_kernels import reference, reference_exit
+from offramp_kernels.exits import ExitSpec, SlotTable
 from offramp_kernels.plan import CompactPlan
 
 _LOGGER = logging.getLogger(__name__)
@@ -50,6 +51,45 @@ def gather_rows(
 
         return gather_rows_kernel.gather_rows(values, cu_seqlens, plan, out=out)
     return reference.gather_rows(values, cu_seqlens, plan, out=out)
+
+
+def exit_head(
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    counts: Tensor,
+    slots: Tensor,
+    spec: ExitSpec,
+    table: SlotTable,
+    *,
+    source: Tensor | None = None,
+    slots_out: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Let every live row leave or stay at one exit; latch in ``table`` the answers of those who
+    leave. Returns keep, bool [B], for ``compact_plan``.
+
+    hidden: [T, H], cu_seqlens: int32 [B + 1], counts: int32 [2] (n_alive, T_alive), slots: int32
+    [B], the table's line of each row; with a plan's ``source`` that of each row before the move,
+    and ``slots_out`` int32 [B] receives it for the rows of now.
+    """
+    if _runs_on_triton(hidden, backend):
+        from offramp_kernels import exit_head_kernel
+
+        op = exit_head_kernel.exit_head
+    else:
+        op = reference_exit.exit_head
+    return op(
+        hidden,
+        cu_seqlens,
+        counts,
+        slots,
+        spec,
+        table,
+        source=source,
+        slots_out=slots_out,
+        out=out,
+    )
 
 
 def _runs_on_triton(tensor: Tensor, backend: Backend) -> bool:

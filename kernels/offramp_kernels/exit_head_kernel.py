@@ -304,7 +304,8 @@ def exit_head_kernel(
     at_end = own
     if MAJORITY:
         at_end = tl.min(tl.where(ballots == best[:, None], label[None, :], BLOCK_LABELS), 1)
-    vote_signal = tl.load(vote_signals_ptr + most, mask=voting, other=0.0)
+    possible = voting & (most <= exit_number)  # or the table was not reset
+    vote_signal = tl.load(vote_signals_ptr + most, mask=possible, other=0.0)
 
     # Compare in the signal's own dtype, as the policies do.
     signal = tl.where(rule == MARGIN, margin, confidence)

@@ -14,8 +14,8 @@ from offramp_kernels import (
     SlotTable,
     compact_plan,
     exit_head,
-    gather_rows,
 )
+from offramp_kernels.dispatch import Backend
 from offramp_kernels.exits import GIVEN_UP
 from offramp_model.config import MultiExitConfig
 from offramp_model.heads import ExitHeads
@@ -76,7 +76,13 @@ def make_spec(number: int, **changed: Any) -> ExitSpec:
 
 
 def run_exits(
-    logits: Tensor, gate: Tensor, table: SlotTable, *, compact: bool, **changed: Any
+    logits: Tensor,
+    gate: Tensor,
+    table: SlotTable,
+    *,
+    compact: bool,
+    backend: Backend = "reference",
+    **changed: Any,
 ) -> None:
     """All exits over one-token texts, with or without moving the survivors together."""
     rows = logits.shape[1]
@@ -97,6 +103,7 @@ def run_exits(
             *(hidden, cu_seqlens, counts, slots, make_spec(number, **changed), table),
             source=source,
             slots_out=spare if compact else None,
+            backend=backend,
         )
         assert not keep[n_alive:].any()
         if not compact:

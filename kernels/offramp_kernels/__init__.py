@@ -1,6 +1,13 @@
 """Triton kernels, their plain-torch twins and the dispatch between them."""
 
-from offramp_kernels.dispatch import compact_plan, exit_head, gather_rows
+from offramp_kernels.dispatch import (
+    add_layernorm,
+    compact_plan,
+    exit_head,
+    gather_rows,
+    linear,
+    varlen_attn,
+)
 from offramp_kernels.exits import RULES, Dense, ExitSpec, GateWeights, SlotTable
 from offramp_kernels.plan import CompactPlan
 
@@ -11,7 +18,10 @@ __all__ = [
     "ExitSpec",
     "GateWeights",
     "SlotTable",
+    "add_layernorm",
     "compact_plan",
     "exit_head",
     "gather_rows",
+    "linear",
+    "varlen_attn",
 ]

@@ -4,6 +4,8 @@ Both backends call these checks, so a call that passes on the CPU passes on a GP
 about tensor *contents*: reading them would synchronise. Every breach is a ValueError.
 """
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ MAX_TEXT_LENGTH = 128
 """Tokens of a text whose keys and values one program holds."""
 
 HEAD_DIMS = (32, 64)
+
+Activation = Literal["none", "gelu", "gelu_tanh"]
 
 
 def check_plan_inputs(keep: Tensor, cu_seqlens: Tensor) -> None:
@@ -109,7 +113,7 @@ def check_exit_inputs(
     _check_column("table.logits", table.logits, torch.float32, wide, device)
 
 
-def check_counts(counts: Tensor | None, device: torch.device) -> None:
+def _check_counts(counts: Tensor | None, device: torch.device) -> None:
     """None, or int32 [2]."""
     if counts is not None:
         _check_index("counts", counts, 2, device)
@@ -135,7 +139,7 @@ def check_norm_inputs(
     for name, rows in (("residual", residual), ("out", out)):
         if rows is not None:
             _check_column(name, rows, x.dtype, tuple(x.shape), x.device)
-    check_counts(counts, x.device)
+    _check_counts(counts, x.device)
     for name, source in (("x", x), ("residual", residual)):
         if out is not None and source is not None:
             _check_same_or_apart(name, source, out)
@@ -145,11 +149,15 @@ def check_linear_inputs(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
+    activation: str,
     residual: Tensor | None,
     counts: Tensor | None,
     out: Tensor | None,
 ) -> None:
     """x: [T, K], weight: [N, K], bias: [N], residual and out: None or [T, N]."""
+    if activation not in get_args(Activation):
+        known = ", ".join(get_args(Activation))
+        raise ValueError(f"unknown activation {activation!r}; known: {known}")
     _check_token_rows("x", x, MATH_DTYPES)
     if weight.dim() != 2:
         raise ValueError(f"weight must be [N, K], got shape {tuple(weight.shape)}")
@@ -161,7 +169,7 @@ def check_linear_inputs(
     for name, rows in (("residual", residual), ("out", out)):
         if rows is not None:
             _check_column(name, rows, x.dtype, (x.shape[0], outputs), x.device)
-    check_counts(counts, x.device)
+    _check_counts(counts, x.device)
     if out is not None and _overlap(x, out):
         raise ValueError("out must not overlap x: other programs still read it")
     if out is not None and residual is not None:
@@ -189,7 +197,7 @@ def check_attention_inputs(
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens must be [B + 1], got shape {tuple(cu_seqlens.shape)}")
     _check_index("cu_seqlens", cu_seqlens, cu_seqlens.shape[0], qkv.device)
-    check_counts(counts, qkv.device)
+    _check_counts(counts, qkv.device)
     if out is not None:
         _check_column("out", out, qkv.dtype, (qkv.shape[0], width), qkv.device)
         if _overlap(qkv, out):

@@ -56,7 +56,7 @@ def make_spec(labels: int, width: int, **changed: Any) -> ExitSpec:
 
 
 class Batch:
-    """Rows with every rule, some dead, some cancelled; all that must not be read is NaN or absurd."""
+    """Rows with every rule, dead and cancelled ones too; what must not be read is NaN or absurd."""
 
     def __init__(self, rows: int, labels: int, width: int, dtype: torch.dtype, **spec: Any) -> None:
         self.spec = make_spec(labels, width, **spec)
@@ -219,8 +219,8 @@ def test_the_order_of_programs_does_not_matter(seed: int) -> None:
 
 def test_what_an_exit_refuses() -> None:
     batch = Batch(3, 3, 16, torch.float32)
-    with pytest.raises(ValueError, match="hidden cannot be torch.float64"):
-        batch.hidden = batch.hidden.double()
+    batch.hidden = batch.hidden.double()
+    with pytest.raises(ValueError, match=r"hidden cannot be torch\.float64"):
         batch.run(batch.table, "triton")
     batch.hidden = torch.randn(9, 17)[:, :16].contiguous().view(-1)[1:129].view(8, 16)
     with pytest.raises(ValueError, match="multiple of 16 bytes"):

@@ -8,11 +8,10 @@ from offramp_kernels.dispatch import (
     linear,
     varlen_attn,
 )
-from offramp_kernels.exits import RULES, Dense, ExitSpec, GateWeights, SlotTable
+from offramp_kernels.exits import Dense, ExitSpec, GateWeights, SlotTable
 from offramp_kernels.plan import CompactPlan
 
 __all__ = [
-    "RULES",
     "CompactPlan",
     "Dense",
     "ExitSpec",

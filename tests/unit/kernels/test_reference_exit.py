@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from offramp_kernels import (
-    RULES,
     Dense,
     ExitSpec,
     GateWeights,
@@ -16,7 +15,7 @@ from offramp_kernels import (
     exit_head,
 )
 from offramp_kernels.dispatch import Backend
-from offramp_kernels.exits import GIVEN_UP
+from offramp_kernels.exits import GIVEN_UP, RULES
 from offramp_model.config import MultiExitConfig
 from offramp_model.heads import ExitHeads
 from offramp_model.layer_loop import layer_loop

@@ -122,6 +122,7 @@ def test_a_row_of_an_exit_leaves_room_for_others(builds: list[dict[str, Any]]) -
 
 
 def test_rows_are_stored_16_bytes_at_a_time(builds: list[dict[str, Any]]) -> None:
-    for build in of(builds, "add_layernorm") + of(builds, "linear") + of(builds, "varlen_attn"):
+    halves = [build for build in of(builds, "varlen_attn") if build["name"].endswith("bf16")]
+    for build in of(builds, "add_layernorm") + of(builds, "linear") + halves:
         stores = {access for access in build["accesses"] if access.startswith("st.")}
         assert stores == {"st.global.v4.b32"}, build

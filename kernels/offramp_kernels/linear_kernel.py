@@ -1,9 +1,9 @@
 """Linear layer on the GPU: a GEMM over the live token rows, with what follows it fused in.
 
 A plain grid at capacity whose tiles past the live rows return at once. A persistent grid would
-save the dead programs' start (an estimated 1-2 us for thousands of them) but needs the number of SMs at launch
-and a loop around the tile that keeps the accumulator's registers alive across the epilogue; the
-plain one keeps the hardware's own scheduling and one binary for every device.
+save the dead programs' start (an estimated 1-2 us for thousands of them) but needs the number of
+SMs at launch and a loop around the tile that keeps the accumulator's registers alive across the
+epilogue; the plain one keeps the hardware's own scheduling and one binary for every device.
 
 Knows nothing about layers. Importing this file imports Triton; ``dispatch`` does so on first use.
 """

@@ -6,17 +6,13 @@ imports Triton; ``dispatch`` does so on first use.
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from offramp_kernels.contract import check_gather_inputs
-from offramp_kernels.launch import check_launch_device
+from offramp_kernels.launch import check_aligned, check_launch_device, check_no_gradient
 from offramp_kernels.plan import CompactPlan
-
-POINTER_ALIGNMENT = 16
-"""Bytes; what lets the compiler copy 16 bytes per thread and instruction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +83,14 @@ def gather_rows(
     """
     check_gather_inputs(values, cu_seqlens, plan, out)
     check_launch_device(gather_rows_kernel, values.device)
-    if values.requires_grad and torch.is_grad_enabled():
-        raise ValueError("gather_rows has no backward on Triton; call it in inference mode")
+    check_no_gradient("gather_rows", values)
     if out is None:
         n_alive, t_alive = plan.read_counts()  # synchronises: the answer's size is data
         if n_alive == plan.capacity:
             return values[:t_alive]
         out = values.new_empty((t_alive, values.shape[1]))
-    for name, tensor in (("values", values), ("out", out)):
-        if tensor.data_ptr() % POINTER_ALIGNMENT:
-            raise ValueError(f"{name} must start at a multiple of {POINTER_ALIGNMENT} bytes")
+    check_aligned("values", values)
+    check_aligned("out", out)
     if plan.capacity and out.numel():
         _launch(values, cu_seqlens, plan, out)
     return out

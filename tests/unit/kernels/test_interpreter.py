@@ -1,4 +1,4 @@
-"""Runs interpreted_suite.py in a process of its own, where TRITON_INTERPRET may be set."""
+"""Runs the interpreted suites in processes of their own, where TRITON_INTERPRET may be set."""
 
 import os
 import subprocess
@@ -6,15 +6,18 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-SUITE = Path(__file__).parent / "interpreted_suite.py"
+import pytest
+
+SUITES = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 ROOT = Path(__file__).parents[3]
 
 
-def test_kernels_agree_with_their_twins_under_the_interpreter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suite", SUITES, ids=lambda path: path.stem)
+def test_kernels_agree_with_their_twins_under_the_interpreter(suite: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     run = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", SUITE, "-q", "--no-header", "--durations=5"),
+            *(sys.executable, "-m", "pytest", suite, "-q", "--no-header", "--durations=5"),
             *("-p", "no:cacheprovider", f"--junitxml={report}"),
         ],
         cwd=ROOT,
@@ -24,8 +27,10 @@ def test_kernels_agree_with_their_twins_under_the_interpreter(tmp_path: Path) ->
         timeout=55,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    assert suite is not None
-    counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    results = ElementTree.parse(report).getroot().find("testsuite")
+    assert results is not None
+    counts = {
+        name: int(results.attrib[name]) for name in ("tests", "failures", "errors", "skipped")
+    }
     assert counts.pop("tests") > 0
     assert set(counts.values()) == {0}, run.stdout

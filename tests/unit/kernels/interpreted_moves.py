@@ -1,32 +1,25 @@
-"""The Triton kernels under the interpreter, against their twins, bit for bit.
+"""Plan and gather under the interpreter, against their twins, bit for bit.
 
 Not collected by name: test_interpreter.py runs this file in a process that sets TRITON_INTERPRET
 before anything imports Triton. No bf16 here, which the interpreter gets wrong without a word.
 """
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import pytest
 import torch
-import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton.runtime import interpreter
 
+from loading import load
 from offramp_kernels import CompactPlan, compact_plan, gather_rows, reference
 from offramp_kernels.compact_plan_kernel import compact_plan_kernel
 from offramp_kernels.gather_rows_kernel import gather_rows_kernel
 
-if not triton.knobs.runtime.interpret:
-    raise RuntimeError("set TRITON_INTERPRET=1, or run test_interpreter.py")
-
+interpreting = load("tests/unit/kernels/interpreting.py")
+INTEGERS, bits = interpreting.INTEGERS, interpreting.bits
+shuffled_programs = interpreting.shuffled_programs
 ROW_COUNTS = (0, 1, 2, 15, 16, 17, 129)
 KEEP_PATTERNS = ("none", "all", "one", "alternating", "random")
-INTEGERS = {torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 CANARY_ROWS = 3
 
 
@@ -59,10 +52,6 @@ def make_values(keep: Tensor, cu_seqlens: Tensor, width: int, dtype: torch.dtype
     values = torch.full((int(cu_seqlens[-1]) + CANARY_ROWS, width), torch.nan, dtype=dtype)
     values[: len(alive)][alive] = torch.randn(int(alive.sum()), width).to(dtype)
     return values
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.view(INTEGERS[tensor.dtype])
 
 
 def same_plan(first: CompactPlan, second: CompactPlan) -> bool:
@@ -195,34 +184,6 @@ def test_contract_breaches_are_refused_by_the_launchers_too() -> None:
         gather_rows(torch.randn(4, 3)[1:], cu_seqlens, plan, backend="triton")
     with pytest.raises(ValueError, match="no backward"):
         gather_rows(values.clone().requires_grad_(), cu_seqlens, plan, backend="triton")
-
-
-@contextmanager
-def shuffled_programs(seed: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Programs run in a random order; yields the list of grid positions in the order they ran.
-
-    The interpreter runs programs one by one, x outermost. A GPU promises no order, so a kernel
-    whose answer depends on it has a race.
-    """
-    builder: Any = interpreter.interpreter_builder
-    set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
-    order: list[tuple[int, int, int]] = []
-    ran: list[tuple[int, int, int]] = []
-
-    def shuffle(x: int, y: int, z: int) -> None:
-        set_dim(x, y, z)
-        order[:] = [(i, j, k) for i in range(x) for j in range(y) for k in range(z)]
-        random.Random(seed).shuffle(order)
-
-    def take_next(x: int, y: int, z: int) -> None:
-        ran.append(order.pop())
-        set_index(*ran[-1])
-
-    builder.set_grid_dim, builder.set_grid_idx = shuffle, take_next
-    try:
-        yield ran
-    finally:
-        del builder.set_grid_dim, builder.set_grid_idx
 
 
 def racing_case() -> tuple[Tensor, Tensor, CompactPlan]:

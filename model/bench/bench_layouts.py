@@ -52,7 +52,7 @@ def groups(stack: PackedEncoder, size: int, *, by_length: bool) -> Layout:
         for start in range(0, len(ordered), size):
             group = ordered[start : start + size]
             mask = pad_mask(torch.tensor([len(one) for one in group]))
-            x = torch.zeros(*mask.shape, stack._config.hidden_size)
+            x = torch.zeros(*mask.shape, stack.config.hidden_size)
             x[mask] = stack.embed(TokenBatch.pack(group)).values
             for layer in stack._layers:
                 x = rest_of_layer(layer, x, attend_padded(layer, layer.qkv(x), mask))

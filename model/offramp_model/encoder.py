@@ -197,7 +197,8 @@ class BackboneReader:
 class PackedEncoder:
     """A `LayerStack` over the weights of a BERT-family backbone and its exit heads.
 
-    `embeddings` and `layers` are what it runs, for whoever writes the same in another form.
+    `embeddings`, `layers`, `heads` and `config` are what it runs, for whoever writes the same in
+    another form.
 
     Args:
         backbone: the backbone's `config.json`.
@@ -225,22 +226,22 @@ class PackedEncoder:
         check_backbone(backbone, config)
         family = family_of(backbone)
         reader = BackboneReader(source, family, backbone, device, dtype)
-        self._config = config
-        self._heads = heads.to(device).float().eval().requires_grad_(False)
+        self.config = config
+        self.heads = heads.to(device).float().eval().requires_grad_(False)
         self.embeddings = reader.embeddings()
         self.layers = [reader.layer(index) for index in range(config.num_layers)]
 
     @property
     def num_layers(self) -> int:
-        return self._config.num_layers
+        return self.config.num_layers
 
     @property
     def num_labels(self) -> int:
-        return self._config.num_labels
+        return self.config.num_labels
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
-        return self._config.exit_layers
+        return self.config.exit_layers
 
     @property
     def vocab_size(self) -> int:
@@ -259,13 +260,13 @@ class PackedEncoder:
 
     @torch.inference_mode()
     def segment(self, exit_layer: int, hidden: PackedTokens) -> PackedTokens:
-        for layer_index in self._config.segment(exit_layer):
+        for layer_index in self.config.segment(exit_layer):
             hidden = self.layers[layer_index](hidden)
         return hidden
 
     @torch.inference_mode()
     def exit_head(self, exit_layer: int, hidden: PackedTokens) -> HeadOutput:
-        return self._heads.answer(self._config.exit_index(exit_layer), hidden)
+        return self.heads.answer(self.config.exit_index(exit_layer), hidden)
 
 
 def check_backbone(backbone: dict[str, Any], config: MultiExitConfig) -> None:

@@ -31,7 +31,7 @@ laws = load("tests/unit/model/test_laws.py")
 
 def over_onnx(stack: PackedEncoder, backbone: dict[str, Any], heads: ExitHeads) -> OnnxStack:
     """The same weights and heads as graphs."""
-    config: MultiExitConfig = stack._config
+    config: MultiExitConfig = stack.config
     activation = backbone[family_of(backbone).activation_key]
     return OnnxStack(
         embedding_graph(stack.embeddings).SerializeToString(),
@@ -51,7 +51,7 @@ def over_onnx(stack: PackedEncoder, backbone: dict[str, Any], heads: ExitHeads) 
 
 @pytest.fixture(scope="module")
 def onnx_stack(stack: PackedEncoder) -> OnnxStack:
-    return over_onnx(stack, fixtures.BACKBONE, fixtures.spread_heads(stack._config))
+    return over_onnx(stack, fixtures.BACKBONE, fixtures.spread_heads(stack.config))
 
 
 @pytest.mark.parametrize("activation", ["own", "relu", "gelu_new", "silu"])
@@ -185,8 +185,8 @@ def test_a_graph_that_cannot_be_run_is_refused_by_name(stack: PackedEncoder) -> 
         OnnxStack(
             b"not a graph",
             {},
-            ExitHeads(stack._config),
-            stack._config,
+            ExitHeads(stack.config),
+            stack.config,
             vocab_size=1,
             max_positions=1,
             threads=1,

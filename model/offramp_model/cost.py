@@ -1,0 +1,106 @@
+"""What a layer costs by its live tokens, as measured, and where compaction pays by that.
+
+A step table instead of a formula: on a GPU a layer takes the same time for any few tokens (below
+the *knee*) and then grows in steps. Knows nothing about devices, rows or how it was measured.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Self
+
+import numpy as np
+
+GRID = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
+"""Tokens at which a layer is timed; a measurement stops at what its device is to hold."""
+KNEE_SLACK = 1.15
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """Seconds of one layer at so many live tokens: ascending, never falling, straight between."""
+
+    tokens: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.tokens or len(self.tokens) != len(self.seconds):
+            raise ValueError(
+                f"a step table needs as many seconds as tokens and at least one, got "
+                f"{len(self.tokens)} and {len(self.seconds)}"
+            )
+        if list(self.tokens) != sorted(set(self.tokens)) or self.tokens[0] < 1:
+            raise ValueError(f"tokens must ascend from 1 on, got {self.tokens}")
+        if not all(0 < a <= b for a, b in zip(self.seconds, self.seconds[1:], strict=False)):
+            raise ValueError(f"seconds must be above 0 and never fall, got {self.seconds}")
+
+    @classmethod
+    def measured(
+        cls, time_layer: Callable[[int], float], *, most_tokens: int, repeats: int = 5
+    ) -> Self:
+        """Medians of `time_layer(tokens)` seconds over the grid, made monotone: more tokens cannot
+        be cheaper, so what looks so is noise."""
+        tokens = [count for count in GRID if count <= most_tokens] or [most_tokens]
+        medians = [median(time_layer(count) for _ in range(repeats)) for count in tokens]
+        return cls(tuple(tokens), tuple(np.maximum.accumulate(medians).tolist()))
+
+    def __call__(self, tokens: float) -> float:
+        """Seconds of a layer. Past the last point it goes on as between the last two."""
+        if tokens <= 0:
+            return 0.0
+        if tokens > self.tokens[-1] and len(self.tokens) > 1:
+            (x0, x1), (y0, y1) = self.tokens[-2:], self.seconds[-2:]
+            return y1 + (tokens - x1) * (y1 - y0) / (x1 - x0)
+        return float(np.interp(tokens, self.tokens, self.seconds))
+
+    @property
+    def knee(self) -> int:
+        """The most tokens that take no longer than a few (15 % at most): below it dropping rows
+        saves no time."""
+        free = [
+            count
+            for count, seconds in zip(self.tokens, self.seconds, strict=True)
+            if seconds <= KNEE_SLACK * self.seconds[0]
+        ]
+        return free[-1]
+
+
+def compactions(
+    table: StepTable,
+    tokens: int,
+    exit_layers: Sequence[int],
+    survival: Sequence[float],
+    *,
+    launch_seconds: float,
+    seconds_per_token: float,
+) -> frozenset[int]:
+    """The exits after which moving the survivors together is worth its price.
+
+    Compact after an exit iff (layers to the next exit that might compact) · [t(T) − t(T')] >
+    c₀ + c₁·T', with T carried and T' surviving tokens (`docs/results/engine.md`).
+
+    Args:
+        table: cost of a layer.
+        tokens: of the batch at its start.
+        exit_layers: 1-based, ascending, the last is the model's.
+        survival: share of the tokens that goes on after each exit, not rising; 0 after the last.
+        launch_seconds: c₀, of plan and gather.
+        seconds_per_token: c₁, of copying one token's row.
+
+    Raises:
+        ValueError: `survival` does not fit the exits.
+    """
+    shares = list(survival)
+    if len(shares) != len(exit_layers) or shares != sorted(shares, reverse=True):
+        raise ValueError(
+            f"survival must fall over the {len(exit_layers)} exits, one share each, got {shares}"
+        )
+    chosen, carried = set(), float(tokens)
+    for place, exit_layer in enumerate(exit_layers[:-1]):
+        left = tokens * shares[place]
+        layers = exit_layers[place + 1] - exit_layer
+        gain = layers * (table(carried) - table(left))
+        if left > 0 and gain > launch_seconds + seconds_per_token * left:
+            chosen.add(exit_layer)
+            carried = left
+    return frozenset(chosen)

@@ -1,4 +1,4 @@
-"""The device lane on a CUDA device: captured graphs against the layer loop, and nothing that waits."""
+"""The device lane on a CUDA device: captured graphs against the layer loop, and nothing waits."""
 
 from typing import Any
 

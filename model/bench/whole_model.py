@@ -32,6 +32,8 @@ class WholeModel:
         options = onnxruntime.SessionOptions()
         options.use_per_session_threads = False
         options.log_severity_level = 3
+        # As for the segments: without VNNI the usual kernel's sums overflow.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         with tempfile.TemporaryDirectory() as name:
             path = quantised(graph(checkpoint, fused_norms=fused_norms), Path(name))
             self._session = onnxruntime.InferenceSession(

@@ -4,6 +4,7 @@ A step table instead of a formula: on a GPU a layer takes the same time for any 
 the *knee*) and then grows in steps. Knows nothing about devices, rows or how it was measured.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -36,13 +37,25 @@ class StepTable:
 
     @classmethod
     def measured(
-        cls, time_layer: Callable[[int], float], *, most_tokens: int, repeats: int = 5
+        cls,
+        time_layer: Callable[[int], float],
+        *,
+        most_tokens: int,
+        repeats: int = 5,
+        budget_s: float = float("inf"),
     ) -> Self:
         """Medians of `time_layer(tokens)` seconds over the grid, made monotone: more tokens cannot
-        be cheaper, so what looks so is noise."""
+        be cheaper, so what looks so is noise. Ends early, after two points at least, once
+        `budget_s` seconds are spent."""
         tokens = [count for count in GRID if count <= most_tokens] or [most_tokens]
-        medians = [median(time_layer(count) for _ in range(repeats)) for count in tokens]
-        return cls(tuple(tokens), tuple(np.maximum.accumulate(medians).tolist()))
+        medians: list[float] = []
+        started = time.perf_counter()
+        for count in tokens:
+            if len(medians) >= 2 and time.perf_counter() - started > budget_s:
+                break
+            medians.append(median(time_layer(count) for _ in range(repeats)))
+        rising: list[float] = np.maximum.accumulate(medians).tolist()
+        return cls(tuple(tokens[: len(rising)]), tuple(rising))
 
     def __call__(self, tokens: float) -> float:
         """Seconds of a layer. Past the last point it goes on as between the last two."""

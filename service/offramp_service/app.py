@@ -58,7 +58,7 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
     batcher = Batcher(engine, _limits(settings, model), metrics)
     lifecycle = Lifecycle()
     pipeline = Pipeline(settings, model, batcher, metrics, lifecycle)
-    thread = _EngineThread(engine, batcher, model.max_input_length)
+    thread = _EngineThread(engine, batcher, model.max_input_length, measures=settings.warmup)
 
     def engine_alive() -> bool:
         return thread.is_alive() and not batcher.stuck
@@ -103,8 +103,11 @@ class _EngineThread(threading.Thread):
     A daemon, so that a batch that never ends cannot keep the process alive.
     """
 
-    def __init__(self, engine: Engine, batcher: Batcher, max_length: int) -> None:
+    def __init__(
+        self, engine: Engine, batcher: Batcher, max_length: int, *, measures: bool
+    ) -> None:
         super().__init__(name="engine", daemon=True)
+        self._measures = measures
         self._engine, self._batcher, self._max_length = engine, batcher, max_length
 
     async def warm(self) -> None:
@@ -117,6 +120,9 @@ class _EngineThread(threading.Thread):
     def run(self) -> None:
         try:
             self._engine.warm_up(self._max_length)
+            if self._measures:
+                most = self._batcher.limits.max_batch_tokens
+                self._batcher.costs = self._engine.measure(most, self._max_length)
         except Exception as error:
             self._loop.call_soon_threadsafe(self._warm.set_exception, error)
             return

@@ -18,20 +18,25 @@ import asyncio
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from offramp_service.errors import (
+    DeadlineExceeded,
     EngineFailed,
     InvalidInput,
     NotReady,
     Overloaded,
     ServiceError,
 )
+from offramp_service.job_queue import JobQueue, latest_start
 from offramp_service.jobs import Answer, Engine, Job, Left, TimedAnswer
 from offramp_service.metrics import DispatchReason, Metrics, QueueView
+
+if TYPE_CHECKING:  # its package brings torch
+    from offramp_model.cost import StepTable
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +60,8 @@ class ClientBatch:
     Admitted empty, before its texts are tokenised; `submit` fills it.
     """
 
-    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop) -> None:
-        self.request_id = request_id
+    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop, now: float) -> None:
+        self.request_id, self.admitted_at = request_id, now
         self.future: asyncio.Future[list[TimedAnswer]] = loop.create_future()
         self.jobs: Sequence[Job] = ()
         self._answers: list[TimedAnswer | None] = []
@@ -107,7 +112,7 @@ class Batcher:
         *,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._engine, self._limits, self._metrics, self._clock = engine, limits, metrics, clock
+        self._engine, self.limits, self._metrics, self._clock = engine, limits, metrics, clock
         # Event loop only:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: set[ClientBatch] = set()  # submitted and unanswered
@@ -115,17 +120,17 @@ class Batcher:
         self._farewell = ""  # why it was closed
         # Both sides, under the lock of `_changed`:
         self._changed = threading.Condition()
-        self._queue: OrderedDict[Job, None] = OrderedDict()
-        self._queued_tokens = 0
-        self._queued_work = 0.0
+        self._queue = JobQueue()
         self._closed = False
+        # What a layer costs, once the engine has been measured; set before `serve`.
+        self.costs: StepTable | None = None
         # Written by the engine thread:
         self._busy_since: float | None = None
         metrics.watch_queue(
             QueueView(
                 requests=lambda: len(self._queue),
-                tokens=lambda: self._queued_tokens,
-                layer_work=lambda: max(0.0, self._queued_work),
+                tokens=lambda: self._queue.tokens,
+                layer_work=lambda: max(0.0, self._queue.layers),
             )
         )
 
@@ -156,7 +161,7 @@ class Batcher:
         Raises:
             Overloaded, NotReady, InvalidInput: there is no room.
         """
-        most = self._limits.max_texts
+        most = self.limits.max_texts
         self._check_open()
         if not texts:
             raise InvalidInput("nothing to classify", status=400)
@@ -168,7 +173,7 @@ class Batcher:
             raise Overloaded(f"queue is full ({most} requests)")
         self._texts += texts
         try:
-            yield ClientBatch(request_id, asyncio.get_running_loop())
+            yield ClientBatch(request_id, asyncio.get_running_loop(), self._clock())
         finally:
             self._texts -= texts
 
@@ -178,19 +183,18 @@ class Batcher:
         Whoever gives up cancels it.
 
         Raises:
-            Overloaded, NotReady, InvalidInput: they could not be queued.
+            Overloaded, NotReady, InvalidInput, DeadlineExceeded: they could not be queued.
             NotReady, EngineFailed: they were, and got no answer.
         """
-        tokens = sum(job.tokens for job in jobs)
         self._check_open()
-        self._check_tokens(tokens)
+        self._check_tokens(sum(job.tokens for job in jobs))
+        now = self._clock()
+        start = self._latest_start(batch, jobs, now)
         self._loop = asyncio.get_running_loop()
-        batch.fill(jobs, self._clock())
+        batch.fill(jobs, now)
         self._open.add(batch)
         with self._changed:
-            self._queue.update(dict.fromkeys(jobs))
-            self._queued_tokens += tokens
-            self._queued_work += sum(job.controls.expected_layers for job in jobs)
+            self._queue.add(jobs, start)
             self._changed.notify()
         try:
             return await batch.future
@@ -212,13 +216,35 @@ class Batcher:
             raise NotReady(self._farewell)
 
     def _check_tokens(self, tokens: int) -> None:
-        most = self._limits.max_queued_tokens
+        most = self.limits.max_queued_tokens
         if tokens > most:
             raise InvalidInput(
                 f"{tokens} tokens can never be queued at once; at most {most} can", status=413
             )
-        if self._queued_tokens + tokens > most:
+        if self._queue.tokens + tokens > most:
             raise Overloaded(f"queue is full ({most} tokens)")
+
+    def _latest_start(self, batch: ClientBatch, jobs: Sequence[Job], now: float) -> float:
+        """Of the request's most urgent text.
+
+        Raises:
+            DeadlineExceeded: by what layers cost, all of them cannot be answered in time.
+        """
+        allowed = jobs[0].controls.deadline_s
+        deadline = None if allowed is None else batch.admitted_at + allowed
+        start = min(latest_start(job, now, deadline, self.costs) for job in jobs)
+        if allowed is None or deadline is None or self.costs is None:
+            return start
+        with self._changed:
+            budget = self.limits.max_batch_tokens
+            needed = self._queue.seconds_before(start, jobs, self.costs, budget)
+        if now + needed > deadline:
+            raise DeadlineExceeded(
+                f"the answer would take {(now + needed - batch.admitted_at) * 1000:.0f} ms, "
+                f"deadline_ms is {allowed * 1000:.0f}",
+                param="deadline_ms",
+            )
+        return start
 
     def _leave(self, batch: ClientBatch) -> None:
         """Nobody waits for it any more; take those of its texts out that still do."""
@@ -228,7 +254,7 @@ class Batcher:
         with self._changed:
             for job in batch.jobs:
                 if job in self._queue:
-                    self._take_out(job)
+                    self._queue.take_out(job)
 
     def _settle(self, answers: Sequence[tuple[Job, TimedAnswer | ServiceError]]) -> None:
         for job, answer in answers:
@@ -265,29 +291,21 @@ class Batcher:
                 self._changed.wait()
 
     def _take(self) -> tuple[list[Job], DispatchReason]:
-        """First come, first served, as many as fit the token budget."""
+        """In the queue's order, as many as fit the token budget."""
         jobs: list[Job] = []
-        room = self._limits.max_batch_tokens
+        room = self.limits.max_batch_tokens
         while self._queue:
-            job = next(iter(self._queue))
+            job = self._queue.first()
             if jobs and job.tokens > room:
                 return jobs, "tokens"
-            if len(jobs) == self._limits.max_batch_texts:
+            if len(jobs) == self.limits.max_batch_texts:
                 return jobs, "full"
-            self._take_out(job)
+            self._queue.take_out(job)
             if job.abandoned:
                 continue
             jobs.append(job)
             room -= job.tokens
         return jobs, "idle"
-
-    def _take_out(self, job: Job) -> None:
-        del self._queue[job]
-        self._queued_tokens -= job.tokens
-        # Sums of floats drift; an empty queue holds no work.
-        self._queued_work -= job.controls.expected_layers
-        if not self._queue:
-            self._queued_work = 0.0
 
     def _run(self, jobs: list[Job], reason: DispatchReason) -> None:
         """Compute a batch, answer its texts as they leave; a failure stays within the batch."""

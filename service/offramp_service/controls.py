@@ -31,13 +31,14 @@ class Asked:
     threshold: float | None = None
     min_layer: int | None = None
     max_layer: int | None = None
+    deadline_ms: int | None = None
 
 
 class ControlDesk:
-    """Resolves controls for one served model."""
+    """Resolves controls for one served model; the server waits `longest_ms` for anybody."""
 
-    def __init__(self, model: ServedModel) -> None:
-        self._model = model
+    def __init__(self, model: ServedModel, longest_ms: int) -> None:
+        self._model, self._longest_ms = model, longest_ms
         self._never = never(model.policy)
         self._thresholds = threshold_range(model.policy, model.config)
 
@@ -55,7 +56,18 @@ class ControlDesk:
             max_layer=max_layer,
             expected_layers=min(max(depth, min_layer), max_layer),
             speedup=speedup,
+            deadline_s=self._deadline(asked.deadline_ms),
         )
+
+    def _deadline(self, deadline_ms: int | None) -> float | None:
+        if deadline_ms is None:
+            return None
+        if not 1 <= deadline_ms <= self._longest_ms:
+            raise InvalidInput(
+                f"deadline_ms is {deadline_ms!s:.40}, allowed is 1 to {self._longest_ms}",
+                param="deadline_ms",
+            )
+        return deadline_ms / 1000
 
     def _aim(self, asked: Asked, headers: Mapping[str, str]) -> tuple[float, float, float | None]:
         """Threshold, expected layers, and the speed-up if that is how it was said."""

@@ -5,14 +5,19 @@ plain answers; a text that leaves early is yielded while the rest of its batch i
 It knows nothing about queues, futures, clients or time.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
 
+from offramp_model.cost import StepTable
 from offramp_model.layer_loop import LayerStack, Leavers, layer_loop, start_rows
 from offramp_model.policies import ExitPolicy
 from offramp_model.rows import Encoding, RowSettings, TokenBatch
 from offramp_service.jobs import Answer, ExitReason, Job, Left
+
+MEASURED_LENGTH = 32  # of the texts whose layers are timed
+MEASURING_S = 1.0
 
 
 class Engine:
@@ -35,6 +40,28 @@ class Engine:
                 rows = start_rows(self._stack, batch, self._policy, settings)
                 for _ in layer_loop(self._stack, rows, self._policy):
                     pass
+
+    @torch.inference_mode()
+    def measure(self, most_tokens: int, max_length: int) -> StepTable:
+        """What a layer costs by the tokens of a batch: whole passes without early exits, with their
+        embedding and heads, over their depth. Takes about a second. Call it when warm, in the
+        engine's thread."""
+        depth, length = self._stack.num_layers, min(MEASURED_LENGTH, max_length)
+
+        def time_layer(tokens: int) -> float:
+            count = max(1, tokens // length)
+            size = min(tokens // count, max_length)
+            batch = TokenBatch.pack([Encoding([0] * size, [0] * size)] * count, self._device)
+            settings = RowSettings.uniform(count, float("nan"), max_layer=depth)
+            started = time.perf_counter()
+            rows = start_rows(self._stack, batch, self._policy, settings)
+            for left in layer_loop(self._stack, rows, self._policy):
+                left.row.tolist()  # waits for the device
+            return (time.perf_counter() - started) / depth
+
+        return StepTable.measured(
+            time_layer, most_tokens=most_tokens, repeats=3, budget_s=MEASURING_S
+        )
 
     @torch.inference_mode()
     def __call__(self, jobs: Sequence[Job]) -> Iterator[Left]:

@@ -19,6 +19,7 @@ class Controls:
     max_layer: int
     expected_layers: float  # layers such a text runs on average, by calibration
     speedup: float | None = None  # what was asked for; None when a raw threshold was
+    deadline_s: float | None = None  # from the request's arrival; later answers are worth nothing
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class Pipeline:
     ) -> None:
         self.settings, self.model, self.metrics = settings, model, metrics
         self.batcher, self.lifecycle = batcher, lifecycle
-        self.controls = ControlDesk(model)
+        self.controls = ControlDesk(model, settings.request_timeout_ms)
         self._tokenizer: TextTokenizer = model.tokenizer
         self._specials = {
             pair: len(self._tokenizer.encode([("", "")] if pair else [""], truncate=False)[0])

@@ -95,6 +95,14 @@ class Settings(BaseSettings):
         PositiveInt, Field(description="threads that tokenise large requests")
     ] = 1
 
+    warmup: Annotated[
+        bool,
+        Field(
+            description="measure at start what a layer costs (a second), so that requests that "
+            "cannot meet their deadline are refused at once"
+        ),
+    ] = False
+
     # exits
     default_speedup: Annotated[
         float, Field(ge=1.0, allow_inf_nan=False, description="for requests that name none")

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 
 from loading import load
 from offramp_model.checkpoint import load_checkpoint
+from offramp_model.cost import StepTable
 from offramp_model.recorded import record_exits
 from offramp_service.__main__ import main
 from offramp_service.app import create_app
@@ -375,6 +376,9 @@ async def test_unknown_fields_are_named(client: httpx.AsyncClient) -> None:
         ({"input": "w1", "speedup": True}, 422, "speedup"),
         ({"input": "w1", "threshold": 1.01}, 422, "threshold"),
         ({"input": "w1", "min_layer": 3, "max_layer": 2}, 422, "min_layer"),
+        ({"input": "w1", "deadline_ms": 0}, 422, "deadline_ms"),
+        ({"input": "w1", "deadline_ms": 30_001}, 422, "deadline_ms"),
+        ({"input": "w1", "deadline_ms": 1.5}, 422, "deadline_ms"),
         ({"input": "w1", "text_pair": ["w2"]}, 422, "text_pair"),
         ({"input": ["w1"], "text_pair": "w2"}, 422, "text_pair"),
         ({"input": ["w1", "w2"], "text_pair": ["w2"]}, 422, "text_pair"),
@@ -447,6 +451,35 @@ async def test_a_late_answer_is_504(running: Running) -> None:
         assert response.status_code == 504
         assert response.json()["error"]["type"] == "deadline_exceeded"
         gate.opened.set()
+
+
+async def test_a_request_names_its_own_deadline(running: Running) -> None:
+    gate = Gate()
+    async with running(gate.around) as client:
+        patient = asyncio.create_task(post(client, input="w1", deadline_ms=30_000))
+        response = await post(client, input="w1", deadline_ms=50)
+        assert response.status_code == 504
+        assert response.json()["error"]["message"] == "no answer within 50 ms"
+        gate.opened.set()
+        assert (await patient).status_code == 200
+        values = await series(client)
+        assert sample(values, "request_failures_total", "deadline") == 1
+        assert sample(values, "queue_requests") == 0
+
+
+async def test_measured_costs_refuse_what_cannot_be_in_time(running: Running) -> None:
+    async with running(warmup=True) as client:
+        cost = (await client.get("/info")).json()["layer_cost"]
+        assert cost["tokens"][0] == 16
+        assert cost["milliseconds"] == sorted(cost["milliseconds"])
+        assert cost["knee"] in cost["tokens"]
+        batcher = client.app.state.pipeline.batcher  # type: ignore[attr-defined]
+        batcher.costs = StepTable((16, 32), (10.0, 20.0))  # a very slow machine
+        response = await post(client, input="w1 w2", deadline_ms=5000)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (504, "deadline_ms")
+        assert error["message"].startswith("the answer would take ")
+        assert (await post(client, input="w1 w2")).status_code == 200  # names no deadline
 
 
 async def test_a_broken_model_answers_500_and_the_next_request_is_served(
@@ -674,6 +707,7 @@ async def test_info_tells_limits_and_calibration(client: httpx.AsyncClient) -> N
     assert info["threshold"] == {"min": 0.0, "max": 1.0, "direction": "above"}
     assert (info["drain_seconds"], info["shutdown_timeout"]) == (5.0, 30.0)
     assert (info["max_batch_requests"], info["max_queued_characters"]) == (4096, 4_000_000)
+    assert info["layer_cost"] is None  # not asked for
     points = info["calibration"]["points"]
     assert points[0]["speedup"] == 1.0
     assert points[0]["threshold"] is None

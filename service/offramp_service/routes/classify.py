@@ -72,6 +72,8 @@ class _Classify:
             call.request_id = check_request_id(asked.request_id)
         self._check_model(asked.model)
         controls = self._controls(asked, request)
+        if controls.deadline_s is not None:
+            call.within(controls.deadline_s)
         place = Place("input", _is_list(asked))
         count = len(asked.input) if place.is_list else 1
         with self._pipeline.admit(count, place.field, call.request_id) as batch:
@@ -111,7 +113,9 @@ class _Classify:
             )
 
     def _controls(self, asked: ClassifyRequest, request: Request) -> Controls:
-        wanted = Asked(asked.speedup, asked.threshold, asked.min_layer, asked.max_layer)
+        wanted = Asked(
+            asked.speedup, asked.threshold, asked.min_layer, asked.max_layer, asked.deadline_ms
+        )
         return self._pipeline.controls.resolve(wanted, request.headers)
 
     async def _encode(self, asked: ClassifyRequest, place: Place) -> list[Encoding]:

@@ -38,10 +38,15 @@ class Call:
     request_id: str
     error_body: Callable[[ServiceError], bytes]
     started: float
+    patience: "Patience"
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.started
+
+    def within(self, deadline_s: float) -> None:
+        """The client wants no answer later than so long after it asked."""
+        self.patience.shorten(deadline_s, deadline_s - self.seconds)
 
 
 # A door reads the body itself and keeps no reference: it may be large, and the wait long.
@@ -74,11 +79,12 @@ def door(
         return body
 
     async def endpoint(request: Request) -> Response:
-        call = Call(route, request_id(request), error_body, time.perf_counter())
+        patience = Patience(timeout_s)
+        call = Call(route, request_id(request), error_body, time.perf_counter(), patience)
         request.scope[CALL] = call
         pipeline.lifecycle.enter()
         try:
-            async with Patience(timeout_s) as patience:
+            async with patience:
                 response = await handle(request, partial(read, request, patience), call)
         except ServiceError:
             raise
@@ -124,6 +130,11 @@ class Patience:
             if self._client_left:
                 raise ClientGone("the client has left") from None
             raise DeadlineExceeded(f"no answer within {self._timeout_s * 1000:.0f} ms") from None
+
+    def shorten(self, timeout_s: float, left_s: float) -> None:
+        """A sooner deadline, `timeout_s` in all, of which there is so much left."""
+        self._timeout_s = timeout_s
+        self._timeout.reschedule(asyncio.get_running_loop().time() + max(0.0, left_s))
 
     def until(self, gone: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Give up as well when `gone` completes."""

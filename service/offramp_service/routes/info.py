@@ -13,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import PlainTextResponse, Response
 
 from offramp_model.calibration import CalibrationTable, reachable_speedups
+from offramp_model.cost import StepTable
 from offramp_model.policies import threshold_range
 from offramp_service.pipeline import Pipeline
 from offramp_service.schemas import encode_json
@@ -21,12 +22,10 @@ from offramp_service.schemas import encode_json
 def router(pipeline: Pipeline) -> APIRouter:
     """The routes that only tell."""
     routes = APIRouter(tags=["info"])
-    # Neither changes while the process lives.
-    info = encode_json(describe(pipeline))
     models = encode_json(_models(pipeline))
 
     async def get_info() -> Response:
-        return Response(info, media_type="application/json")
+        return Response(encode_json(describe(pipeline)), media_type="application/json")
 
     async def get_models() -> Response:
         return Response(models, media_type="application/json")
@@ -96,6 +95,16 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         # The operator's bounds are of `speedup` only; a raw threshold is the client's own.
         "threshold": {"min": least, "max": most, "direction": model.policy.direction},
         "calibration": _calibration(model.table) if model.table else None,
+        "layer_cost": _costs(costs) if (costs := pipeline.batcher.costs) else None,
+    }
+
+
+def _costs(table: StepTable) -> dict[str, Any]:
+    """Milliseconds of a layer by the tokens of a batch, as measured at start."""
+    return {
+        "tokens": table.tokens,
+        "milliseconds": [round(seconds * 1000, 4) for seconds in table.seconds],
+        "knee": table.knee,
     }
 
 

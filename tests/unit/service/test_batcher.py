@@ -1,18 +1,22 @@
 """The queue's promises: bounds, order, isolation, and exactly one answer for everybody."""
 
 import asyncio
+import itertools
 import random
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loading import load
+from offramp_model.cost import StepTable
 from offramp_service.batcher import Batcher, ClientBatch, Limits
 from offramp_service.errors import (
+    DeadlineExceeded,
     EngineFailed,
     InvalidInput,
     NotReady,
@@ -257,7 +261,7 @@ async def test_what_nobody_waits_for_is_still_counted_as_run(
 
 
 async def test_a_text_is_answered_once() -> None:
-    batch = ClientBatch("r", asyncio.get_running_loop())
+    batch = ClientBatch("r", asyncio.get_running_loop(), 0.0)
     jobs = [fakes.job(1), fakes.job(2)]
     batch.fill(jobs, now=0.0)
     first, other = (TimedAnswer(fakes.answer_to(one), 0.0, 0.0) for one in jobs)
@@ -353,6 +357,57 @@ async def test_stuck_is_a_batch_that_never_ends(metrics) -> None:
     await asyncio.to_thread(thread.join, 10)
     assert seen == [False, True]
     assert not batcher.stuck
+
+
+def due(number: int, deadline_s: float | None, tokens: int = 3) -> Job:
+    job = fakes.job(number, tokens=tokens)
+    return replace(job, controls=replace(job.controls, deadline_s=deadline_s))
+
+
+async def test_who_must_start_first_is_taken_first(
+    make_batcher: MakeBatcher, served: Serve, read: Read
+) -> None:
+    engine = fakes.GatedEngine()
+    batcher = served(make_batcher(engine, max_batch_texts=1))
+    tasks = [asyncio.create_task(fakes.ask(batcher, [fakes.job(1)]))]
+    await until(engine.entered.is_set)
+    # 20 s is later than the second in which a text without a deadline is to start.
+    for number, deadline_s in ((2, None), (3, 20.0), (4, 0.5), (5, None), (6, 0.5)):
+        tasks.append(asyncio.create_task(fakes.ask(batcher, [due(number, deadline_s)])))
+        await until(lambda: read("queue_requests") == len(tasks) - 1)
+    for _ in range(12):
+        engine.gate.release()
+    await asyncio.gather(*tasks)
+    assert engine.batches == [[1], [4], [6], [2], [5], [3]]
+
+
+async def test_what_cannot_be_in_time_is_refused_before_it_costs_anything(
+    make_batcher: MakeBatcher, served: Serve, read: Read
+) -> None:
+    engine = fakes.GatedEngine()
+    batcher = make_batcher(engine)
+    batcher.costs = StepTable((10, 1000), (0.01, 1.0))  # 1 ms a token and layer
+    served(batcher)
+    first = asyncio.create_task(fakes.ask(batcher, [fakes.job(1)]))
+    await until(engine.entered.is_set)
+    waiting = asyncio.create_task(fakes.ask(batcher, [fakes.job(2, tokens=100)]))
+    await until(lambda: read("queue_requests") == 1)
+    layers = fakes.job(0).controls.expected_layers
+    # 50 tokens: as many milliseconds a layer alone, three times as many behind the 100. Whoever has
+    # to start before those is not behind them.
+    for deadline_s, in_time in ((0.04 * layers, False), (1.5 + 0.04 * layers, True)):
+        asked = fakes.ask(batcher, [due(3, deadline_s, tokens=50)])
+        if in_time:
+            last = asyncio.create_task(asked)
+            await until(lambda: read("queue_requests") == 2)
+        else:
+            with pytest.raises(DeadlineExceeded, match=r"the answer would take .* ms, deadline_ms"):
+                await asked
+            assert read("queue_requests") == 1
+    for _ in range(8):
+        engine.gate.release()
+    await asyncio.gather(first, waiting, last)
+    assert sorted(itertools.chain(*engine.batches)) == [1, 2, 3]
 
 
 class _Moody:

@@ -33,7 +33,7 @@ def model(directory: Path) -> ServedModel:
 
 @pytest.fixture(scope="module")
 def desk(model: ServedModel) -> ControlDesk:
-    return ControlDesk(model)
+    return ControlDesk(model, 30_000)
 
 
 def headers(**values: str) -> Headers:
@@ -106,7 +106,7 @@ def test_what_is_out_of_range_is_named(
 
 def test_a_ceiling_falls_to_an_exit_at_or_before_it(tmp_path: Path, support: ModuleType) -> None:
     sparse = support.write_tiny_checkpoint(tmp_path / "sparse", exit_layers=(2, 4))
-    desk = ControlDesk(load_model(Settings(model_id=sparse)))
+    desk = ControlDesk(load_model(Settings(model_id=sparse)), 30_000)
     assert desk.resolve(Asked(max_layer=3), {}).max_layer == 2
     for impossible in (Asked(max_layer=1), Asked(min_layer=3, max_layer=3)):
         with pytest.raises(InvalidInput, match="exits are after layers 2, 4"):
@@ -114,14 +114,14 @@ def test_a_ceiling_falls_to_an_exit_at_or_before_it(tmp_path: Path, support: Mod
 
 
 def test_another_policy_has_its_own_units(directory: Path) -> None:
-    desk = ControlDesk(load_model(Settings(model_id=directory, exit_policy="entropy")))
+    desk = ControlDesk(load_model(Settings(model_id=directory, exit_policy="entropy")), 30_000)
     assert desk.resolve(Asked(), {}).threshold == -INF
     mild, strong = (desk.resolve(Asked(speedup=s), {}).threshold for s in (1.5, 3.0))
     assert 0 < mild < strong <= 1
 
 
 def test_without_a_calibration_only_thresholds_can_be_asked_for(directory: Path) -> None:
-    desk = ControlDesk(load_model(Settings(model_id=directory, exit_policy="margin")))
+    desk = ControlDesk(load_model(Settings(model_id=directory, exit_policy="margin")), 30_000)
     assert desk.resolve(Asked(threshold=0.5), {}).expected_layers == 4
     assert desk.resolve(Asked(speedup=1.0), {}).threshold == INF
     with pytest.raises(InvalidInput, match="allowed is 1 to 1"):

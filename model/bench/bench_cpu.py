@@ -230,13 +230,7 @@ def main() -> None:
         name: with_threads(arguments.threads if name.startswith(("tra", "tor")) else 1, run)
         for name, run in chosen.items()
     }
-    results: dict[str, Any] = {}
-    for size in arguments.batch_sizes:
-        seconds, medians, last = measure(chosen, cut(encodings, size), arguments.rounds)
-        table = report(seconds, medians if size == 1 else {}, last, truth, layers)
-        results[str(size)] = {"variants": table, "seconds": seconds}
-        show(size, table)
-    result = {
+    result: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "machine": machine() | {name: version(name) for name in ("onnx", "onnxruntime")},
         "rows": len(truth),
@@ -255,11 +249,16 @@ def main() -> None:
             for name, value in thresholds.items()
             if name.startswith("onnx-") and isfinite(value)
         },
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "batches": results,
+        "batches": {},
     }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    for size in arguments.batch_sizes:
+        seconds, medians, last = measure(chosen, cut(encodings, size), arguments.rounds)
+        table = report(seconds, medians if size == 1 else {}, last, truth, layers)
+        show(size, table)
+        result["batches"][str(size)] = {"variants": table, "seconds": seconds}
+        result["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if arguments.json:  # after each size: a run that is cut short has its figures
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ ARCHITECTURES = (80, 90)
 
 @pytest.fixture(
     scope="module",
-    params=["core", pytest.param("all", marks=[pytest.mark.slow, pytest.mark.timeout(600)])],
+    params=[
+        pytest.param("core", marks=pytest.mark.timeout(200)),
+        pytest.param("all", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+    ],
 )
 def builds(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -29,7 +32,7 @@ def builds(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=590 if request.param == "all" else 55,
+        timeout=590 if request.param == "all" else 190,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)

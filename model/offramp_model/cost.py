@@ -45,14 +45,17 @@ class StepTable:
         budget_s: float = float("inf"),
     ) -> Self:
         """Medians of `time_layer(tokens)` seconds over the grid, made monotone: more tokens cannot
-        be cheaper, so what looks so is noise. Ends early, after two points at least, once
-        `budget_s` seconds are spent."""
+        be cheaper, so what looks so is noise. Ends early, after two points at least, where the next
+        one would likely take it past `budget_s` seconds."""
         tokens = [count for count in GRID if count <= most_tokens] or [most_tokens]
         medians: list[float] = []
-        started = time.perf_counter()
+        started = before = time.perf_counter()
         for count in tokens:
-            if len(medians) >= 2 and time.perf_counter() - started > budget_s:
+            now = time.perf_counter()
+            # The grid about doubles, and so may the time of a point.
+            if len(medians) >= 2 and now - started + 2 * (now - before) > budget_s:
                 break
+            before = now
             medians.append(median(time_layer(count) for _ in range(repeats)))
         rising: list[float] = np.maximum.accumulate(medians).tolist()
         return cls(tuple(tokens[: len(rising)]), tuple(rising))

@@ -1,6 +1,7 @@
 """The step table and what it decides."""
 
 import itertools
+import time
 
 import pytest
 from hypothesis import given
@@ -45,6 +46,18 @@ def test_what_is_measured_never_falls(noise: list[float]) -> None:
     table = StepTable.measured(lambda _: next(times), most_tokens=1024)
     assert table.tokens[-1] == 1024
     assert all(a <= b for a, b in itertools.pairwise(table.seconds))
+
+
+def test_measuring_keeps_to_its_budget() -> None:
+    def slow(tokens: int) -> float:
+        time.sleep(0.002 * tokens / 16)
+        return tokens / 1e6
+
+    started = time.perf_counter()
+    table = StepTable.measured(slow, most_tokens=32768, repeats=1, budget_s=0.1)
+    assert 2 <= len(table.tokens) < 8
+    assert time.perf_counter() - started < 5  # all of the grid takes 10 s
+    assert len(StepTable.measured(slow, most_tokens=32, repeats=1, budget_s=0.0).tokens) == 2
 
 
 def test_below_the_knee_nothing_is_moved_and_above_it_what_pays() -> None:

@@ -1,14 +1,14 @@
 """`create_app(settings)`: wiring and lifespan only.
 
 Life of a request: a door in `routes/` reads it → `batcher` admits it → `pipeline` tokenises →
-`batcher` queues it and forms a batch → `engine`, in its own thread, runs the layers and answers
-each text where it leaves → the door words the response.
+`batcher` queues it → `scheduler` says when, and with whom → `engine`, in its own thread, runs the
+layers and answers each text where it leaves → the door words the response.
 """
 
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp_service.batcher import Batcher, Limits
+from offramp_service.cost import MIN_MERGING_KNEE, CostTable
 from offramp_service.engine import Engine
 from offramp_service.errors import NotReady, ServiceError
 from offramp_service.lifecycle import Lifecycle
@@ -28,9 +29,11 @@ from offramp_service.metrics import Metrics
 from offramp_service.pipeline import Pipeline
 from offramp_service.routes import classify, info, probes
 from offramp_service.routes.door import CALL, Call
+from offramp_service.scheduler import Plan, Scheduler
 from offramp_service.schemas import error_body
 from offramp_service.served_model import ServedModel, load_model
 from offramp_service.settings import Settings
+from offramp_service.stopwatch import measure_cost
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +58,17 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
         routes=[path for one in DOORS for path in one.PATHS],
     )
     engine = Engine(model.stack, model.policy, device=model.device, threads=model.torch_threads)
-    batcher = Batcher(engine, _limits(settings, model), metrics)
+    limits = Limits(settings.max_concurrent_requests, settings.max_queued_tokens)
+    batcher = Batcher(engine, Scheduler(_plan(settings, model)), limits, metrics)
     lifecycle = Lifecycle()
     pipeline = Pipeline(settings, model, batcher, metrics, lifecycle)
-    thread = _EngineThread(engine, batcher, model.max_input_length)
+
+    def prepare() -> None:
+        engine.warm_up(model.max_input_length)
+        if settings.warmup:
+            batcher.learn(_measure_cost(settings, model))
+
+    thread = _EngineThread(prepare, batcher)
 
     def engine_alive() -> bool:
         return thread.is_alive() and not batcher.stuck
@@ -98,14 +108,14 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
 
 
 class _EngineThread(threading.Thread):
-    """The one thread that computes: warms the engine up, then serves batches until closed.
+    """The one thread that computes: prepares the engine, then serves batches until closed.
 
     A daemon, so that a batch that never ends cannot keep the process alive.
     """
 
-    def __init__(self, engine: Engine, batcher: Batcher, max_length: int) -> None:
+    def __init__(self, prepare: Callable[[], None], batcher: Batcher) -> None:
         super().__init__(name="engine", daemon=True)
-        self._engine, self._batcher, self._max_length = engine, batcher, max_length
+        self._prepare, self._batcher = prepare, batcher
 
     async def warm(self) -> None:
         """Start, and come back when the engine is warm."""
@@ -116,7 +126,7 @@ class _EngineThread(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._engine.warm_up(self._max_length)
+            self._prepare()
         except Exception as error:
             self._loop.call_soon_threadsafe(self._warm.set_exception, error)
             return
@@ -146,13 +156,37 @@ class _Farewell:
         await self._app(scope, receive, send_on)
 
 
-def _limits(settings: Settings, model: ServedModel) -> Limits:
-    return Limits(
+def _plan(settings: Settings, model: ServedModel) -> Plan:
+    return Plan(
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_texts=model.max_batch_texts,
-        max_texts=settings.max_concurrent_requests,
-        max_queued_tokens=settings.max_queued_tokens,
+        horizon_s=settings.default_horizon_ms / 1000,
+        group_alike=settings.group_batches,
+        merge_backlog=settings.backlog_merging,
+        layers_per_step=model.num_layers / len(model.config.exit_layers),
     )
+
+
+def _measure_cost(settings: Settings, model: ServedModel) -> CostTable:
+    cost = measure_cost(
+        model.stack,
+        max_tokens=settings.max_batch_tokens,
+        max_length=model.max_input_length,
+        device=model.device,
+    )
+    most = settings.max_batch_tokens
+    log.info(
+        "a layer takes %.3g ms for %d tokens, %.3g ms for %d; the knee is at %.0f tokens",
+        *(cost.seconds[0] * 1000, cost.tokens[0], cost.at(most) * 1000, most, cost.knee),
+    )
+    if settings.backlog_merging and not cost.merging_can_pay:
+        log.warning(
+            "--backlog-merging stays off: from %.0f tokens on a layer costs in proportion to its "
+            "tokens, so batches that wait for each other only lose time (a knee of at least %d "
+            "tokens is needed)",
+            *(cost.knee, MIN_MERGING_KNEE),
+        )
+    return cost
 
 
 def _describe(metrics: Metrics, model: ServedModel) -> None:

@@ -1,13 +1,13 @@
-"""Admission, the queue, and batches: which text is computed when, and who gets which answer.
+"""Admission, and promises: every admitted text is computed, and answered to whom it belongs.
 
-The batcher knows promises, not tensors and not HTTP. Routes admit and submit client batches on the
-event loop; the engine thread runs `serve`, which takes what is queued, up to the token budget, the
-moment the engine is idle. There is no timer: an idle engine never waits for company, and while it
-computes the next batch gathers by itself.
+The batcher knows promises, not tensors and not HTTP; what is computed next is the scheduler's to
+say. Routes admit and submit client batches on the event loop; the engine thread runs `serve`, which
+asks the scheduler for a step and carries it out, from exit to exit. There is no timer: an idle
+engine never waits for company, and while it computes the next batch gathers by itself.
 
 Who owns what. A client batch's answers, its future and the room it takes belong to the event loop;
-the engine thread only posts to it. The queue belongs to both and is touched under one lock, for
-microseconds.
+the engine thread only posts to it. The scheduler belongs to both and is touched under one lock, for
+microseconds; groups under way are the engine thread's.
 
 A text is answered exactly once: by its answer, or with its whole client batch by the first failure
 or by the end of its request (deadline, departure of the client), whichever comes first. Whatever
@@ -18,33 +18,33 @@ import asyncio
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from offramp_service.cost import CostTable
 from offramp_service.errors import (
+    DeadlineExceeded,
     EngineFailed,
     InvalidInput,
     NotReady,
     Overloaded,
     ServiceError,
 )
-from offramp_service.jobs import Answer, Engine, Job, Left, TimedAnswer
-from offramp_service.metrics import DispatchReason, Metrics, QueueView
+from offramp_service.jobs import Answer, DispatchReason, Engine, Job, Left, TimedAnswer
+from offramp_service.metrics import Metrics, QueueView
+from offramp_service.scheduler import Group, Scheduler, Step
 
 log = logging.getLogger(__name__)
 
-# A batch that computes longer than this is taken for stuck by /livez.
+# A step that computes longer than this is taken for stuck by /livez.
 STUCK_AFTER_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the queue and a batch may hold. `max_texts` are admitted and not yet answered."""
+    """What may be inside. `max_texts` are admitted and not yet answered."""
 
-    max_batch_tokens: int
-    max_batch_texts: int
     max_texts: int
     max_queued_tokens: int
 
@@ -102,6 +102,7 @@ class Batcher:
     def __init__(
         self,
         engine: Engine,
+        scheduler: Scheduler,
         limits: Limits,
         metrics: Metrics,
         *,
@@ -115,17 +116,15 @@ class Batcher:
         self._farewell = ""  # why it was closed
         # Both sides, under the lock of `_changed`:
         self._changed = threading.Condition()
-        self._queue: OrderedDict[Job, None] = OrderedDict()
-        self._queued_tokens = 0
-        self._queued_work = 0.0
+        self._scheduler = scheduler
         self._closed = False
         # Written by the engine thread:
-        self._busy_since: float | None = None
+        self._busy_since: float | None = None  # the step under way
         metrics.watch_queue(
             QueueView(
-                requests=lambda: len(self._queue),
-                tokens=lambda: self._queued_tokens,
-                layer_work=lambda: max(0.0, self._queued_work),
+                requests=lambda: len(scheduler),
+                tokens=lambda: scheduler.waiting_tokens,
+                layer_work=lambda: max(0.0, scheduler.waiting_work),
             )
         )
 
@@ -141,9 +140,24 @@ class Batcher:
 
     @property
     def stuck(self) -> bool:
-        """The engine has been on one batch for longer than any batch takes."""
+        """The engine has been on one step for longer than any step takes."""
         since = self._busy_since
         return since is not None and self._clock() - since > STUCK_AFTER_S
+
+    @property
+    def cost(self) -> CostTable:
+        """What layers cost, as far as it is known."""
+        return self._scheduler.cost
+
+    @property
+    def merging(self) -> bool:
+        """Batches are joined between layers under backlog."""
+        return self._scheduler.merging
+
+    def learn(self, cost: CostTable) -> None:
+        """What layers cost from now on."""
+        with self._changed:
+            self._scheduler.learn(cost)
 
     # -- event loop --------------------------------------------------------------------------
 
@@ -179,18 +193,18 @@ class Batcher:
 
         Raises:
             Overloaded, NotReady, InvalidInput: they could not be queued.
-            NotReady, EngineFailed: they were, and got no answer.
+            DeadlineExceeded: they would be, or were, answered too late.
+            NotReady, EngineFailed: they were queued, and got no answer.
         """
-        tokens = sum(job.tokens for job in jobs)
         self._check_open()
-        self._check_tokens(tokens)
+        self._check_tokens(sum(job.tokens for job in jobs))
         self._loop = asyncio.get_running_loop()
-        batch.fill(jobs, self._clock())
-        self._open.add(batch)
+        now = self._clock()
+        batch.fill(jobs, now)
         with self._changed:
-            self._queue.update(dict.fromkeys(jobs))
-            self._queued_tokens += tokens
-            self._queued_work += sum(job.controls.expected_layers for job in jobs)
+            self._check_deadline(jobs, now)
+            self._scheduler.add(jobs)
+            self._open.add(batch)
             self._changed.notify()
         try:
             return await batch.future
@@ -217,8 +231,20 @@ class Batcher:
             raise InvalidInput(
                 f"{tokens} tokens can never be queued at once; at most {most} can", status=413
             )
-        if self._queued_tokens + tokens > most:
+        if self._scheduler.waiting_tokens + tokens > most:
             raise Overloaded(f"queue is full ({most} tokens)")
+
+    def _check_deadline(self, jobs: Sequence[Job], now: float) -> None:
+        """The texts of one request have one deadline."""
+        deadline = jobs[0].deadline
+        if deadline is None:
+            return
+        late_s = self._scheduler.predicted_end(jobs, now) - deadline
+        if late_s > 0:
+            raise DeadlineExceeded(
+                f"the answer is expected {late_s * 1000:.0f} ms after the deadline; "
+                "nothing was computed"
+            )
 
     def _leave(self, batch: ClientBatch) -> None:
         """Nobody waits for it any more; take those of its texts out that still do."""
@@ -227,8 +253,8 @@ class Batcher:
             return
         with self._changed:
             for job in batch.jobs:
-                if job in self._queue:
-                    self._take_out(job)
+                if job in self._scheduler:
+                    self._scheduler.take_out(job)
 
     def _settle(self, answers: Sequence[tuple[Job, TimedAnswer | ServiceError]]) -> None:
         for job, answer in answers:
@@ -249,91 +275,92 @@ class Batcher:
 
     def serve(self) -> None:
         """The engine thread's main loop, until `close`."""
-        while True:
-            jobs, reason = self._next_batch()
-            if not jobs:
-                return
-            self._run(jobs, reason)
-
-    def _next_batch(self) -> tuple[list[Job], DispatchReason]:
-        """Wait for work; an empty batch means closed."""
-        with self._changed:
-            while True:
-                jobs, reason = self._take()
-                if jobs or self._closed:
-                    return jobs, reason
-                self._changed.wait()
-
-    def _take(self) -> tuple[list[Job], DispatchReason]:
-        """First come, first served, as many as fit the token budget."""
-        jobs: list[Job] = []
-        room = self._limits.max_batch_tokens
-        while self._queue:
-            job = next(iter(self._queue))
-            if jobs and job.tokens > room:
-                return jobs, "tokens"
-            if len(jobs) == self._limits.max_batch_texts:
-                return jobs, "full"
-            self._take_out(job)
-            if job.abandoned:
-                continue
-            jobs.append(job)
-            room -= job.tokens
-        return jobs, "idle"
-
-    def _take_out(self, job: Job) -> None:
-        del self._queue[job]
-        self._queued_tokens -= job.tokens
-        # Sums of floats drift; an empty queue holds no work.
-        self._queued_work -= job.controls.expected_layers
-        if not self._queue:
-            self._queued_work = 0.0
-
-    def _run(self, jobs: list[Job], reason: DispatchReason) -> None:
-        """Compute a batch, answer its texts as they leave; a failure stays within the batch."""
-        started = self._busy_since = self._clock()
-        broken: list[tuple[Job, Exception]] = []
-        failure = EngineFailed("the engine gave no answer to this text")
         try:
-            waits = [started - job.queued_at for job in jobs]
-            self._metrics.batch_formed(reason, sum(job.tokens for job in jobs), waits)
-            depth = 0
-            for left in self._engine(jobs):
-                self._metrics.layers_ran(range(depth + 1, left.exit_layer + 1), left.texts_run)
-                depth = left.exit_layer
-                broken += self._hand_out(jobs, left, started)
-        except Exception:
-            log.exception("a batch of %d texts failed, requests %s", len(jobs), _names(jobs))
-            failure = EngineFailed("the model failed on this batch")
+            while (step := self._next_step()) is not None:
+                self._carry_out(step)
         finally:
             self._busy_since = None
-            self._metrics.batch_done(self._clock() - started)
-        if broken:
-            names = _names([job for job, _ in broken])
-            text = "%d of %d texts of a batch failed: %s, requests %s"
-            log.error(text, len(broken), len(jobs), broken[0][1], names)
-        self._post(lambda: self._finish(jobs, failure))
 
-    def _hand_out(self, jobs: list[Job], left: Left, started: float) -> list[tuple[Job, Exception]]:
-        """Post the answers of those who left together; returns those whose computation broke."""
-        inference_s = self._clock() - started
+    def _next_step(self) -> Step | None:
+        """Wait for something to do; None means closed."""
+        with self._changed:
+            while True:
+                now = self._clock()
+                self._let_go(self._scheduler.expire(now))
+                step = self._scheduler.next_step(now)
+                if step is not None or self._closed:
+                    return step
+                self._changed.wait()
+
+    def _let_go(self, expired: Sequence[Job]) -> None:
+        """Answer those whose deadline has passed; they are computed no further."""
+        if expired:
+            too_late = DeadlineExceeded("the deadline has passed")
+            self._post(lambda: self._settle([(job, too_late) for job in expired]))
+
+    def _carry_out(self, step: Step) -> None:
+        """Run a group to its next exit and answer who leaves; a failure stays within the group."""
+        group, left = step.group, None
+        started = self._busy_since = self._clock()
+        failure = EngineFailed("the engine gave no answer to this text")
+        try:
+            if step.opened is not None:
+                self._start(group, step.opened)
+            if step.joined is not None:
+                group.course.take_in(step.joined.course)
+            left = next(group.course, None)
+            if left is not None:
+                self._hand_out(group, left)
+        except Exception:
+            log.exception(
+                "a batch of %d texts failed, requests %s", len(group.jobs), _names(group.jobs)
+            )
+            left, failure = None, EngineFailed("the model failed on this batch")
+        finally:
+            self._metrics.engine_worked(self._clock() - started)
+        if left is None:
+            self._end(group, failure)
+
+    def _start(self, group: Group, reason: DispatchReason) -> None:
+        waits = [job.started_at - job.queued_at for job in group.jobs]
+        self._metrics.batch_formed(reason, group.tokens, waits)
+        group.course = self._engine(group.jobs)
+
+    def _end(self, group: Group, failure: ServiceError) -> None:
+        """Whoever has not been answered gets the failure."""
+        with self._changed:
+            self._scheduler.close(group)
+            if not self._scheduler.groups:
+                self._busy_since = None
+        self._post(lambda: self._finish(group.jobs, failure))
+
+    def _hand_out(self, group: Group, left: Left) -> None:
+        """Post the answers of those who left together."""
+        self._metrics.layers_ran(range(group.layer + 1, left.exit_layer + 1), left.texts_run)
+        group.passed(left)
+        now = self._clock()
         answers: list[tuple[Job, TimedAnswer | ServiceError]] = []
         broken: list[tuple[Job, Exception]] = []
-        exits: list[Answer] = []
+        exits: list[tuple[Answer, float]] = []
         for index, answer in left.answers:
-            job = jobs[index]
+            job = group.jobs[index]
             if isinstance(answer, Exception):
                 broken.append((job, answer))
                 answers.append((job, EngineFailed(str(answer))))
+            elif job.too_late(now):
+                answers.append((job, DeadlineExceeded("the answer came after the deadline")))
             else:
-                exits.append(answer)
-                timed = TimedAnswer(answer, started - job.queued_at, inference_s)
+                timed = TimedAnswer(answer, job.started_at - job.queued_at, now - job.started_at)
+                exits.append((answer, timed.inference_s))
                 answers.append((job, timed))
         # Counted first: whoever has an answer finds it in the metrics.
-        self._metrics.texts_left(left.exit_layer, (one.reason for one in exits), inference_s)
+        self._metrics.texts_left(left.exit_layer, [(one.reason, s) for one, s in exits])
         if answers:
             self._post(lambda: self._settle(answers))
-        return broken
+        if broken:
+            names = _names([job for job, _ in broken])
+            text = "%d of %d texts of a batch failed: %s, requests %s"
+            log.error(text, len(broken), len(group.jobs), broken[0][1], names)
 
     def _post(self, callback: Callable[[], None]) -> None:
         assert self._loop is not None

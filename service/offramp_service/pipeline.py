@@ -61,7 +61,7 @@ class Pipeline:
     ) -> None:
         self.settings, self.model, self.metrics = settings, model, metrics
         self.batcher, self.lifecycle = batcher, lifecycle
-        self.controls = ControlDesk(model)
+        self.controls = ControlDesk(model, settings.request_timeout_ms)
         self._tokenizer: TextTokenizer = model.tokenizer
         self._specials = {
             pair: len(self._tokenizer.encode([("", "")] if pair else [""], truncate=False)[0])
@@ -164,14 +164,20 @@ class Pipeline:
         return ids
 
     async def answer(
-        self, batch: ClientBatch, encodings: Sequence[Encoding], controls: Controls
+        self,
+        batch: ClientBatch,
+        encodings: Sequence[Encoding],
+        controls: Controls,
+        *,
+        received_at: float,
     ) -> list[TimedAnswer]:
-        """Queue, wait, and count what the request got.
+        """Queue, wait, and count what the request got. Its deadline runs from `received_at` on.
 
         Raises:
             ServiceError: see `Batcher.submit`.
         """
-        jobs = [Job(one.ids, one.type_ids, controls) for one in encodings]
+        deadline = None if controls.deadline_s is None else received_at + controls.deadline_s
+        jobs = [Job(one.ids, one.type_ids, controls, deadline) for one in encodings]
         answers = await self.batcher.submit(batch, jobs)
         if controls.speedup is not None:
             layers_run = sum(one.answer.exit_layer for one in answers)

@@ -36,6 +36,9 @@ class ClassifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     ] = None
     min_layer: Annotated[int | None, Meta(description="earliest exit, 1-based")] = None
     max_layer: Annotated[int | None, Meta(description="latest exit, 1-based")] = None
+    deadline_ms: Annotated[
+        float | None, Meta(description="504 for answers that would take longer")
+    ] = None
     return_details: Annotated[bool, Meta(description="add details to each item")] = False
     # vLLM's extras
     use_activation: Annotated[

@@ -95,6 +95,24 @@ class Settings(BaseSettings):
         PositiveInt, Field(description="threads that tokenise large requests")
     ] = 1
 
+    # scheduling
+    default_horizon_ms: Annotated[
+        PositiveInt,
+        Field(description="a request without deadline_ms gives way to others for so long"),
+    ] = 1000
+    group_batches: Annotated[
+        bool,
+        Field(description="prefer texts of one length and depth, where nobody is made late"),
+    ] = False
+    backlog_merging: Annotated[
+        bool,
+        Field(description="under backlog, join batches between layers; needs --warmup"),
+    ] = False
+    warmup: Annotated[
+        bool,
+        Field(description="measure what a layer costs before ready; predictions need it"),
+    ] = True
+
     # exits
     default_speedup: Annotated[
         float, Field(ge=1.0, allow_inf_nan=False, description="for requests that name none")
@@ -152,6 +170,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_speedup {self.max_speedup} is below min_speedup {self.min_speedup}"
             )
+        if self.backlog_merging and not self.warmup:
+            raise ValueError("backlog_merging needs the costs that warmup measures, which is off")
         return self
 
     @classmethod

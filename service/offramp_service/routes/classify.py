@@ -79,7 +79,9 @@ class _Classify:
             encodings = await self._encode(asked, place)
             tokenization_s = time.perf_counter() - started
             asked.input = ""  # all that was needed of it is in the encodings
-            answers = await self._pipeline.answer(batch, encodings, controls)
+            answers = await self._pipeline.answer(
+                batch, encodings, controls, received_at=call.started
+            )
         tokens = sum(len(one) for one in encodings)
         headers = response_headers(
             self._pipeline,
@@ -111,7 +113,13 @@ class _Classify:
             )
 
     def _controls(self, asked: ClassifyRequest, request: Request) -> Controls:
-        wanted = Asked(asked.speedup, asked.threshold, asked.min_layer, asked.max_layer)
+        wanted = Asked(
+            speedup=asked.speedup,
+            threshold=asked.threshold,
+            min_layer=asked.min_layer,
+            max_layer=asked.max_layer,
+            deadline_ms=asked.deadline_ms,
+        )
         return self._pipeline.controls.resolve(wanted, request.headers)
 
     async def _encode(self, asked: ClassifyRequest, place: Place) -> list[Encoding]:

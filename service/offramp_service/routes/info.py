@@ -14,6 +14,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from offramp_model.calibration import CalibrationTable, reachable_speedups
 from offramp_model.policies import threshold_range
+from offramp_service.cost import CostTable
 from offramp_service.pipeline import Pipeline
 from offramp_service.schemas import encode_json
 
@@ -21,12 +22,10 @@ from offramp_service.schemas import encode_json
 def router(pipeline: Pipeline) -> APIRouter:
     """The routes that only tell."""
     routes = APIRouter(tags=["info"])
-    # Neither changes while the process lives.
-    info = encode_json(describe(pipeline))
-    models = encode_json(_models(pipeline))
+    models = encode_json(_models(pipeline))  # does not change while the process lives
 
     async def get_info() -> Response:
-        return Response(info, media_type="application/json")
+        return Response(encode_json(describe(pipeline)), media_type="application/json")
 
     async def get_models() -> Response:
         return Response(models, media_type="application/json")
@@ -96,6 +95,34 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         # The operator's bounds are of `speedup` only; a raw threshold is the client's own.
         "threshold": {"min": least, "max": most, "direction": model.policy.direction},
         "calibration": _calibration(model.table) if model.table else None,
+        "scheduling": {
+            "default_horizon_ms": settings.default_horizon_ms,
+            "group_batches": settings.group_batches,
+            "backlog_merging": _merging(pipeline),
+            "layer_cost": _cost(pipeline.batcher.cost),
+        },
+    }
+
+
+def _merging(pipeline: Pipeline) -> str:
+    """Asked for or not, and if it stays off all the same, why."""
+    if not pipeline.settings.backlog_merging:
+        return "off"
+    if pipeline.batcher.merging:
+        return "on"
+    if not pipeline.batcher.cost.known:
+        return "off: the cost of a layer is not measured yet"
+    return "off: a layer costs in proportion to its tokens, waiting for others would only lose time"
+
+
+def _cost(cost: CostTable) -> dict[str, Any] | None:
+    """What a layer takes on this machine, as measured at start."""
+    if not cost.known:
+        return None
+    return {
+        "knee_tokens": round(cost.knee),
+        "tokens": cost.tokens,
+        "milliseconds": [round(seconds * 1000, 4) for seconds in cost.seconds],
     }
 
 

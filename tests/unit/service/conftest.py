@@ -3,20 +3,28 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from offramp_service.batcher import Batcher, Limits
-from offramp_service.jobs import Answer, Controls, Engine, Job, Left, TimedAnswer
+from offramp_service.jobs import Answer, Controls, Depth, Engine, Job, Left, TimedAnswer
 from offramp_service.metrics import Metrics
+from offramp_service.scheduler import Plan, Scheduler
 
 LAYERS = 4
 
 
-def job(number: int, *, tokens: int = 3, threshold: float = 1.0) -> Job:
+TO_THE_END = Depth((1.0,) * LAYERS)
+
+
+def job(
+    number: int, *, tokens: int = 3, threshold: float = 1.0, deadline: float | None = None
+) -> Job:
     """A text whose answer will carry its number."""
-    return Job([number] * tokens, [0] * tokens, Controls(threshold, 1, LAYERS, float(LAYERS)))
+    controls = Controls(threshold, 1, LAYERS, TO_THE_END)
+    return Job([number] * tokens, [0] * tokens, controls, deadline)
 
 
 def answer_to(job: Job, layer: int = LAYERS) -> Answer:
@@ -103,14 +111,17 @@ def read(metrics: Metrics) -> Callable[..., float]:
 def make_batcher(metrics: Metrics) -> Callable[..., Batcher]:
     """A batcher that nobody serves yet."""
 
-    def make(engine: Engine, **limits: int) -> Batcher:
-        wide = {
-            "max_batch_tokens": 1000,
-            "max_batch_texts": 100,
-            "max_texts": 100,
-            "max_queued_tokens": 1000,
-        }
-        return Batcher(engine, Limits(**(wide | limits)), metrics)
+    def make(
+        engine: Engine,
+        *,
+        max_batch_tokens: int = 1000,
+        max_batch_texts: int = 100,
+        max_texts: int = 100,
+        max_queued_tokens: int = 1000,
+        **options: Any,
+    ) -> Batcher:
+        scheduler = Scheduler(Plan(max_batch_tokens, max_batch_texts))
+        return Batcher(engine, scheduler, Limits(max_texts, max_queued_tokens), metrics, **options)
 
     return make
 

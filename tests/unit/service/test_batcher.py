@@ -22,6 +22,7 @@ from offramp_service.errors import (
 from offramp_service.jobs import Answer, Engine, Job, Left, TimedAnswer
 from offramp_service.metrics import Metrics
 from offramp_service.routes.door import Patience
+from offramp_service.scheduler import Plan, Scheduler
 
 fakes = load("tests/unit/service/conftest.py")
 
@@ -343,7 +344,8 @@ async def test_stuck_is_a_batch_that_never_ends(metrics) -> None:
         seen.append(batcher.stuck)
         yield Left(4, len(jobs), [(index, fakes.answer_to(job)) for index, job in enumerate(jobs)])
 
-    batcher = Batcher(engine, Limits(100, 100, 10, 100), metrics, clock=lambda: now)
+    scheduler = Scheduler(Plan(100, 100))
+    batcher = Batcher(engine, scheduler, Limits(10, 100), metrics, clock=lambda: now)
     task = asyncio.create_task(fakes.ask(batcher, [fakes.job(1)]))
     await asyncio.sleep(0)
     thread = threading.Thread(target=batcher.serve, daemon=True)
@@ -387,7 +389,7 @@ async def test_every_admitted_request_ends_exactly_once_and_the_books_balance(se
 async def _storm(rng: random.Random) -> None:
     metrics = fakes.make_metrics()
     engine: Engine = _Moody(rng)
-    batcher = Batcher(engine, Limits(12, 4, 12, 30), metrics)
+    batcher = Batcher(engine, Scheduler(Plan(12, 4)), Limits(12, 30), metrics)
     thread = threading.Thread(target=batcher.serve, daemon=True)
     thread.start()
     admitted_and_answered = 0

@@ -33,7 +33,7 @@ def model(directory: Path) -> ServedModel:
 
 @pytest.fixture(scope="module")
 def desk(model: ServedModel) -> ControlDesk:
-    return ControlDesk(model)
+    return ControlDesk(model, 30_000)
 
 
 def headers(**values: str) -> Headers:
@@ -48,7 +48,8 @@ def test_one_never_leaves_early_and_more_follows_the_table(
     two = desk.resolve(Asked(speedup=2.0), {})
     assert model.table is not None
     assert two.threshold == model.table.threshold_for(2.0)
-    assert two.expected_layers == model.table.point_for(2.0).mean_exit_layer <= 2.0
+    assert two.expected_layers == pytest.approx(model.table.point_for(2.0).mean_exit_layer)
+    assert 1.0 <= two.expected_layers <= 2.0
     assert desk.resolve(Asked(speedup=model.max_speedup), {}).expected_layers >= 1.0
 
 
@@ -72,6 +73,7 @@ def test_body_over_header_over_default_and_threshold_over_speedup(
 def test_bounds(desk: ControlDesk) -> None:
     bounded = desk.resolve(Asked(min_layer=2, max_layer=3), {})
     assert (bounded.min_layer, bounded.max_layer, bounded.expected_layers) == (2, 3, 3)
+    assert bounded.depth.inside == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_what_is_out_of_range_is_named(
 
 def test_a_ceiling_falls_to_an_exit_at_or_before_it(tmp_path: Path, support: ModuleType) -> None:
     sparse = support.write_tiny_checkpoint(tmp_path / "sparse", exit_layers=(2, 4))
-    desk = ControlDesk(load_model(Settings(model_id=sparse)))
+    desk = ControlDesk(load_model(Settings(model_id=sparse)), 30_000)
     assert desk.resolve(Asked(max_layer=3), {}).max_layer == 2
     for impossible in (Asked(max_layer=1), Asked(min_layer=3, max_layer=3)):
         with pytest.raises(InvalidInput, match="exits are after layers 2, 4"):
@@ -114,14 +116,14 @@ def test_a_ceiling_falls_to_an_exit_at_or_before_it(tmp_path: Path, support: Mod
 
 
 def test_another_policy_has_its_own_units(directory: Path) -> None:
-    desk = ControlDesk(load_model(Settings(model_id=directory, exit_policy="entropy")))
+    desk = ControlDesk(load_model(Settings(model_id=directory, exit_policy="entropy")), 30_000)
     assert desk.resolve(Asked(), {}).threshold == -INF
     mild, strong = (desk.resolve(Asked(speedup=s), {}).threshold for s in (1.5, 3.0))
     assert 0 < mild < strong <= 1
 
 
 def test_without_a_calibration_only_thresholds_can_be_asked_for(directory: Path) -> None:
-    desk = ControlDesk(load_model(Settings(model_id=directory, exit_policy="margin")))
+    desk = ControlDesk(load_model(Settings(model_id=directory, exit_policy="margin")), 30_000)
     assert desk.resolve(Asked(threshold=0.5), {}).expected_layers == 4
     assert desk.resolve(Asked(speedup=1.0), {}).threshold == INF
     with pytest.raises(InvalidInput, match="allowed is 1 to 1"):

@@ -32,7 +32,7 @@ class StepTable:
             )
         if list(self.tokens) != sorted(set(self.tokens)) or self.tokens[0] < 1:
             raise ValueError(f"tokens must ascend from 1 on, got {self.tokens}")
-        if not all(0 < a <= b for a, b in zip(self.seconds, self.seconds[1:], strict=False)):
+        if self.seconds[0] <= 0 or list(self.seconds) != sorted(self.seconds):
             raise ValueError(f"seconds must be above 0 and never fall, got {self.seconds}")
 
     @classmethod
@@ -93,7 +93,7 @@ def compactions(
     """The exits after which moving the survivors together is worth its price.
 
     Compact after an exit iff (layers to the next exit that might compact) · [t(T) − t(T')] >
-    c₀ + c₁·T', with T carried and T' surviving tokens (`docs/results/engine.md`).
+    c₀ + c₁·T', with T carried and T' surviving tokens.
 
     Args:
         table: cost of a layer.

@@ -36,7 +36,7 @@ from offramp_kernels import (
 from offramp_kernels.contract import Activation
 from offramp_kernels.dispatch import Backend
 from offramp_kernels.exits import GIVEN_UP, RULES
-from offramp_model.encoder import Layer, PackedEncoder
+from offramp_model.encoder import Layer, Linear, Norm, PackedEncoder
 from offramp_model.heads import Gate
 from offramp_model.layer_loop import Abandoned, Leavers
 from offramp_model.policies import ExitPolicy
@@ -299,72 +299,52 @@ class _Pass:
         if embeddings.types is not None:
             types = self._types.clamp(max=embeddings.types.shape[0] - 1)
             x += F.embedding(types, embeddings.types)
-        norm = embeddings.norm
-        add_layernorm(
-            *(x, norm.weight, norm.bias),
-            eps=norm.eps,
-            counts=self._counts,
-            out=out,
-            backend=self._lane._backend,
-        )
+        self._norm(embeddings.norm, x, self._counts, out)
 
     def _layer(
         self, layer: Layer, x: Tensor, scratch: Tensor, cu_seqlens: Tensor, counts: Tensor
     ) -> None:
         """One layer over the live rows of `x`, in place; `scratch` is like `x`."""
-        backend, length = self._lane._backend, self.bucket.max_length
-        qkv, attention, first, second = (
-            layer.qkv,
-            layer.attention_out,
-            layer.ffn_in,
-            layer.ffn_out,
-        )
-        linear(x, qkv.weight, qkv.bias, counts=counts, out=self._qkv, backend=backend)
+        self._linear(layer.qkv, x, counts, self._qkv)
         varlen_attn(
-            self._qkv,
-            cu_seqlens,
-            layer.num_heads,
-            length,
+            *(self._qkv, cu_seqlens, layer.num_heads, self.bucket.max_length),
             counts=counts,
             out=self._context,
-            backend=backend,
+            backend=self._lane._backend,
         )
+        self._linear(layer.attention_out, self._context, counts, scratch, residual=x)
+        self._norm(layer.attention_norm, scratch, counts, x)
+        activation = self._lane._activation
+        self._linear(layer.ffn_in, x, counts, self._inner, activation=activation)
+        self._linear(layer.ffn_out, self._inner, counts, scratch, residual=x)
+        self._norm(layer.ffn_norm, scratch, counts, x)
+
+    def _linear(
+        self,
+        one: Linear,
+        x: Tensor,
+        counts: Tensor,
+        out: Tensor,
+        *,
+        activation: Activation = "none",
+        residual: Tensor | None = None,
+    ) -> None:
         linear(
-            *(self._context, attention.weight, attention.bias),
-            residual=x,
+            *(x, one.weight, one.bias),
+            activation=activation,
+            residual=residual,
             counts=counts,
-            out=scratch,
-            backend=backend,
+            out=out,
+            backend=self._lane._backend,
         )
-        norm = layer.attention_norm
+
+    def _norm(self, norm: Norm, x: Tensor, counts: Tensor, out: Tensor) -> None:
         add_layernorm(
-            *(scratch, norm.weight, norm.bias),
+            *(x, norm.weight, norm.bias),
             eps=norm.eps,
             counts=counts,
-            out=x,
-            backend=backend,
-        )
-        linear(
-            *(x, first.weight, first.bias),
-            activation=self._lane._activation,
-            counts=counts,
-            out=self._inner,
-            backend=backend,
-        )
-        linear(
-            *(self._inner, second.weight, second.bias),
-            residual=x,
-            counts=counts,
-            out=scratch,
-            backend=backend,
-        )
-        norm = layer.ffn_norm
-        add_layernorm(
-            *(scratch, norm.weight, norm.bias),
-            eps=norm.eps,
-            counts=counts,
-            out=x,
-            backend=backend,
+            out=out,
+            backend=self._lane._backend,
         )
 
     def _send(self, place: int) -> None:

@@ -30,7 +30,7 @@ import torch
 
 from offramp_model.calibration import CurvePoint, curve, layer_accuracies, oracle, trace
 from offramp_model.checkpoint import Checkpoint, load_checkpoint
-from offramp_model.policies import make_policy
+from offramp_model.policies import make_supported_policy
 from offramp_training.compare import signal_aurocs, step_curve
 from offramp_training.config import Recipe, make_recipe, set_value
 from offramp_training.data import Dataset, load_split
@@ -309,7 +309,7 @@ def figures(checkpoint: Checkpoint, rows: Dataset, curve_of: str | None = None) 
     """Accuracy by layer, by policy and speed-up, and the area; the whole curve of one policy."""
     recorded, labels = record_dataset(checkpoint, rows), torch.tensor(rows.labels)
     curves = {
-        name: curve(recorded, labels, make_policy(name))
+        name: curve(recorded, labels, make_supported_policy(name, checkpoint.model))
         for name in (*default_policies(checkpoint.model), "fixed_layer")
     }
     found: dict[str, Any] = {
@@ -320,7 +320,9 @@ def figures(checkpoint: Checkpoint, rows: Dataset, curve_of: str | None = None) 
         "oracle": dict(zip(("speedup", "accuracy"), oracle(recorded, labels), strict=True)),
     }
     if curve_of is not None:
-        found["aurocs"] = signal_aurocs(trace(recorded, make_policy(curve_of)), labels)
+        found["aurocs"] = signal_aurocs(
+            trace(recorded, make_supported_policy(curve_of, checkpoint.model)), labels
+        )
         found["curve"] = _thinned(curves[curve_of])
     return found
 

@@ -31,6 +31,7 @@ def test_points_lines_and_what_lies_beyond() -> None:
         ((0, 16), (1.0, 2.0), "from 1 on"),
         ((16, 32), (2.0, 1.0), "never fall"),
         ((16, 32), (0.0, 1.0), "above 0"),
+        ((16,), (0.0,), "above 0"),
     ],
 )
 def test_no_table_of_nonsense(

@@ -11,7 +11,7 @@ nothing about the thresholds of serving: those are calibrated, without dropout, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 Signal = Literal["energy", "entropy", "confidence"]
 Normaliser = Literal["contributing", "paper"]
+SIGNALS: dict[Signal, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "energy": exit_signals.energy,
+    "entropy": exit_signals.normalised_entropy,
+    "confidence": exit_signals.max_probability,
+}
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 
@@ -183,11 +188,7 @@ class SignalRange:
 
 def signal_of(logits: torch.Tensor, signal: Signal, temperature: float = 1.0) -> torch.Tensor:
     """The exit signal of softmax(z / T): logits [..., C] -> [...], float32 at least."""
-    if signal == "energy":
-        return exit_signals.energy(logits, temperature)
-    if signal == "entropy":
-        return exit_signals.normalised_entropy(logits, temperature)
-    return exit_signals.max_probability(logits, temperature)
+    return SIGNALS[signal](logits, temperature)
 
 
 def beta_at(beta_0: float, step: int, total_steps: int) -> float:

@@ -32,7 +32,8 @@ class MultiExitConfig(BaseModel):
     Exit layers are 1-based and ascending, and the last one is the last layer: every text has
     left by then. `labels` is ordered by label id. `attention_heads` is for `attention` pooling only
     and divides the hidden size. `gate_hidden` is the inner width of the learned gates beside the
-    exit heads: 0 is a single linear map, None is a model without gates.
+    exit heads: 0 is a single linear map, None is a model without gates. `policies` is what exit
+    policies are made of, in calibration and in serving alike.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

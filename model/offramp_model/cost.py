@@ -1,4 +1,4 @@
-"""What a layer costs by its live tokens, as measured, and where compaction pays by that.
+"""What a layer costs by its live tokens, as measured, and what pays by that: compaction, merging.
 
 A step table instead of a formula: on a GPU a layer takes the same time for any few tokens (below
 the *knee*) and then grows in steps. Knows nothing about devices, rows or how it was measured.
@@ -79,6 +79,29 @@ class StepTable:
             if seconds <= KNEE_SLACK * self.seconds[0]
         ]
         return free[-1]
+
+    def waiting_pays(
+        self,
+        *,
+        tokens: float,
+        rows: int,
+        younger_tokens: float,
+        younger_rows: int,
+        layers_behind: float,
+        layers_ahead: float,
+        slack_s: float,
+    ) -> bool:
+        """Should a batch wait between two layers until a younger one has caught up and joins it?
+
+        Where a layer costs the same for both together, the younger batch's rows are `layers_ahead`
+        turns better off, and the older one's lose `layers_behind`. Where cost is linear in tokens
+        nothing is saved, hence only below the knee; and only if the older batch has the time.
+        """
+        return (
+            tokens + younger_tokens <= self.knee
+            and younger_rows * layers_ahead > rows * layers_behind
+            and slack_s >= layers_behind * self(younger_tokens)
+        )
 
 
 def compactions(

@@ -140,6 +140,13 @@ class PackedTokens:
         survivors, _ = plan.read_counts()
         return PackedTokens(values, plan.cu_seqlens[: survivors + 1])
 
+    def append(self, other: "PackedTokens") -> "PackedTokens":
+        """These rows, then the others."""
+        starts = other.cu_seqlens[1:] + self.cu_seqlens[-1]
+        return PackedTokens(
+            torch.cat([self.values, other.values]), torch.cat([self.cu_seqlens, starts])
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class RowSettings:
@@ -204,3 +211,14 @@ class ActiveRows:
         self.max_layer = self.max_layer.index_select(0, index)
         self.alive = self.alive.index_select(0, index)
         self.state = {name: values.index_select(0, index) for name, values in self.state.items()}
+
+    def append(self, other: "ActiveRows", offset: int) -> None:
+        """Carry another batch's rows as well, which have run as many layers; their `row` counts on
+        from `offset`. The order of length is lost: equal lengths may make two runs."""
+        self.hidden = self.hidden.append(other.hidden)
+        self.row = torch.cat([self.row, other.row + offset])
+        self.threshold = torch.cat([self.threshold, other.threshold])
+        self.min_layer = torch.cat([self.min_layer, other.min_layer])
+        self.max_layer = torch.cat([self.max_layer, other.max_layer])
+        self.alive = torch.cat([self.alive, other.alive])
+        self.state = {name: torch.cat([own, other.state[name]]) for name, own in self.state.items()}

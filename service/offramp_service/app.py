@@ -1,14 +1,14 @@
 """`create_app(settings)`: wiring and lifespan only.
 
 Life of a request: a door in `routes/` reads it → `batcher` admits it → `pipeline` tokenises →
-`batcher` queues it and forms a batch → `engine`, in its own thread, runs the layers and answers
-each text where it leaves → the door words the response.
+`batcher` queues it → `scheduler` says when, and with whom → `engine`, in its own thread, runs the
+layers and answers each text where it leaves → the door words the response.
 """
 
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from offramp_model.cost import StepTable
 from offramp_service.batcher import Batcher, Limits
 from offramp_service.engine import Engine
 from offramp_service.errors import NotReady, ServiceError
@@ -28,6 +29,7 @@ from offramp_service.metrics import Metrics
 from offramp_service.pipeline import Pipeline
 from offramp_service.routes import classify, info, probes
 from offramp_service.routes.door import CALL, Call
+from offramp_service.scheduler import LEAST_KNEE, Plan, Scheduler
 from offramp_service.schemas import error_body
 from offramp_service.served_model import ServedModel, load_model
 from offramp_service.settings import Settings
@@ -55,10 +57,19 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
         routes=[path for one in DOORS for path in one.PATHS],
     )
     engine = Engine(model.stack, model.policy, device=model.device, threads=model.torch_threads)
-    batcher = Batcher(engine, _limits(settings, model), metrics)
+    limits = Limits(settings.max_concurrent_requests, settings.max_queued_tokens)
+    batcher = Batcher(engine, Scheduler(_plan(settings, model)), limits, metrics)
     lifecycle = Lifecycle()
     pipeline = Pipeline(settings, model, batcher, metrics, lifecycle)
-    thread = _EngineThread(engine, batcher, model.max_input_length, measures=settings.warmup)
+
+    def prepare() -> None:
+        engine.warm_up(model.max_input_length)
+        if settings.warmup:
+            costs = engine.measure(settings.max_batch_tokens, model.max_input_length)
+            batcher.scheduler.learn(costs)
+            _log_costs(costs, batcher.scheduler)
+
+    thread = _EngineThread(prepare, batcher)
 
     def engine_alive() -> bool:
         return thread.is_alive() and not batcher.stuck
@@ -98,17 +109,14 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
 
 
 class _EngineThread(threading.Thread):
-    """The one thread that computes: warms the engine up, then serves batches until closed.
+    """The one thread that computes: prepares the engine, then serves batches until closed.
 
     A daemon, so that a batch that never ends cannot keep the process alive.
     """
 
-    def __init__(
-        self, engine: Engine, batcher: Batcher, max_length: int, *, measures: bool
-    ) -> None:
+    def __init__(self, prepare: Callable[[], None], batcher: Batcher) -> None:
         super().__init__(name="engine", daemon=True)
-        self._measures = measures
-        self._engine, self._batcher, self._max_length = engine, batcher, max_length
+        self._prepare, self._batcher = prepare, batcher
 
     async def warm(self) -> None:
         """Start, and come back when the engine is warm."""
@@ -119,10 +127,7 @@ class _EngineThread(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._engine.warm_up(self._max_length)
-            if self._measures:
-                most = self._batcher.limits.max_batch_tokens
-                self._batcher.costs = self._engine.measure(most, self._max_length)
+            self._prepare()
         except Exception as error:
             self._loop.call_soon_threadsafe(self._warm.set_exception, error)
             return
@@ -152,13 +157,28 @@ class _Farewell:
         await self._app(scope, receive, send_on)
 
 
-def _limits(settings: Settings, model: ServedModel) -> Limits:
-    return Limits(
+def _plan(settings: Settings, model: ServedModel) -> Plan:
+    return Plan(
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_texts=model.max_batch_texts,
-        max_texts=settings.max_concurrent_requests,
-        max_queued_tokens=settings.max_queued_tokens,
+        group_alike=settings.group_batches,
+        merge_backlog=settings.backlog_merging,
+        layers_per_step=model.num_layers / len(model.config.exit_layers),
     )
+
+
+def _log_costs(costs: StepTable, scheduler: Scheduler) -> None:
+    log.info(
+        "a layer takes %.3g ms for %d tokens, %.3g ms for %d; the knee is at %d tokens",
+        *(costs.seconds[0] * 1000, costs.tokens[0], costs.seconds[-1] * 1000, costs.tokens[-1]),
+        costs.knee,
+    )
+    if scheduler.plan.merge_backlog and not scheduler.merges:
+        log.warning(
+            "--backlog-merging stays off: from %d tokens on a layer costs more the more it has, so "
+            "batches that wait for each other only lose time (a knee of %d tokens is needed)",
+            *(costs.knee, LEAST_KNEE),
+        )
 
 
 def _describe(metrics: Metrics, model: ServedModel) -> None:

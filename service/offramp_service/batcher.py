@@ -1,13 +1,13 @@
-"""Admission, the queue, and batches: which text is computed when, and who gets which answer.
+"""Admission, and promises: every admitted text is computed, and answered to whom it belongs.
 
-The batcher knows promises, not tensors and not HTTP. Routes admit and submit client batches on the
-event loop; the engine thread runs `serve`, which takes what is queued, up to the token budget, the
-moment the engine is idle. There is no timer: an idle engine never waits for company, and while it
-computes the next batch gathers by itself.
+The batcher knows promises, not tensors and not HTTP; what is computed next is the scheduler's to
+say. Routes admit and submit client batches on the event loop; the engine thread runs `serve`, which
+asks the scheduler for a step and carries it out, from exit to exit. There is no timer: an idle
+engine never waits for company, and while it computes the next batch gathers by itself.
 
 Who owns what. A client batch's answers, its future and the room it takes belong to the event loop;
-the engine thread only posts to it. The queue belongs to both and is touched under one lock, for
-microseconds.
+the engine thread only posts to it. The scheduler belongs to both and is touched under one lock, for
+microseconds; the groups under way are the engine thread's.
 
 A text is answered exactly once: by its answer, or with its whole client batch by the first failure
 or by the end of its request (deadline, departure of the client), whichever comes first. Whatever
@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from offramp_service.errors import (
     DeadlineExceeded,
@@ -31,25 +30,20 @@ from offramp_service.errors import (
     Overloaded,
     ServiceError,
 )
-from offramp_service.job_queue import JobQueue, latest_start
-from offramp_service.jobs import Answer, Engine, Job, Left, TimedAnswer
-from offramp_service.metrics import DispatchReason, Metrics, QueueView
-
-if TYPE_CHECKING:  # its package brings torch
-    from offramp_model.cost import StepTable
+from offramp_service.jobs import DispatchReason, Engine, ExitReason, Job, Left, TimedAnswer
+from offramp_service.metrics import Metrics, QueueView
+from offramp_service.scheduler import Group, Scheduler, Step
 
 log = logging.getLogger(__name__)
 
-# A batch that computes longer than this is taken for stuck by /livez.
+# A step that computes longer than this is taken for stuck by /livez.
 STUCK_AFTER_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the queue and a batch may hold. `max_texts` are admitted and not yet answered."""
+    """What may be inside. `max_texts` are admitted and not yet answered."""
 
-    max_batch_tokens: int
-    max_batch_texts: int
     max_texts: int
     max_queued_tokens: int
 
@@ -73,6 +67,8 @@ class ClientBatch:
         self._missing = len(jobs)
         for index, job in enumerate(jobs):
             job.waiter, job.index, job.queued_at = self, index, now
+            allowed = job.controls.deadline_s
+            job.deadline = None if allowed is None else self.admitted_at + allowed
 
     @property
     def abandoned(self) -> bool:
@@ -107,12 +103,13 @@ class Batcher:
     def __init__(
         self,
         engine: Engine,
+        scheduler: Scheduler,
         limits: Limits,
         metrics: Metrics,
         *,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._engine, self.limits, self._metrics, self._clock = engine, limits, metrics, clock
+        self._engine, self._limits, self._metrics, self._clock = engine, limits, metrics, clock
         # Event loop only:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: set[ClientBatch] = set()  # submitted and unanswered
@@ -120,17 +117,15 @@ class Batcher:
         self._farewell = ""  # why it was closed
         # Both sides, under the lock of `_changed`:
         self._changed = threading.Condition()
-        self._queue = JobQueue()
+        self.scheduler = scheduler
         self._closed = False
-        # What a layer costs, once the engine has been measured; set before `serve`.
-        self.costs: StepTable | None = None
         # Written by the engine thread:
-        self._busy_since: float | None = None
+        self._busy_since: float | None = None  # the step under way
         metrics.watch_queue(
             QueueView(
-                requests=lambda: len(self._queue),
-                tokens=lambda: self._queue.tokens,
-                layer_work=lambda: max(0.0, self._queue.layers),
+                requests=lambda: len(scheduler.queue),
+                tokens=lambda: scheduler.queue.tokens,
+                layer_work=lambda: max(0.0, scheduler.queue.layers),
             )
         )
 
@@ -146,7 +141,7 @@ class Batcher:
 
     @property
     def stuck(self) -> bool:
-        """The engine has been on one batch for longer than any batch takes."""
+        """The engine has been on one step for longer than any step takes."""
         since = self._busy_since
         return since is not None and self._clock() - since > STUCK_AFTER_S
 
@@ -161,7 +156,7 @@ class Batcher:
         Raises:
             Overloaded, NotReady, InvalidInput: there is no room.
         """
-        most = self.limits.max_texts
+        most = self._limits.max_texts
         self._check_open()
         if not texts:
             raise InvalidInput("nothing to classify", status=400)
@@ -189,12 +184,12 @@ class Batcher:
         self._check_open()
         self._check_tokens(sum(job.tokens for job in jobs))
         now = self._clock()
-        start = self._latest_start(batch, jobs, now)
         self._loop = asyncio.get_running_loop()
         batch.fill(jobs, now)
-        self._open.add(batch)
         with self._changed:
-            self._queue.add(jobs, start)
+            self._check_deadline(batch, jobs, now)
+            self.scheduler.add(jobs, now)
+            self._open.add(batch)
             self._changed.notify()
         try:
             return await batch.future
@@ -216,35 +211,28 @@ class Batcher:
             raise NotReady(self._farewell)
 
     def _check_tokens(self, tokens: int) -> None:
-        most = self.limits.max_queued_tokens
+        most = self._limits.max_queued_tokens
         if tokens > most:
             raise InvalidInput(
                 f"{tokens} tokens can never be queued at once; at most {most} can", status=413
             )
-        if self._queue.tokens + tokens > most:
+        if self.scheduler.queue.tokens + tokens > most:
             raise Overloaded(f"queue is full ({most} tokens)")
 
-    def _latest_start(self, batch: ClientBatch, jobs: Sequence[Job], now: float) -> float:
-        """Of the request's most urgent text.
-
-        Raises:
-            DeadlineExceeded: by what layers cost, all of them cannot be answered in time.
-        """
-        allowed = jobs[0].controls.deadline_s
-        deadline = None if allowed is None else batch.admitted_at + allowed
-        start = min(latest_start(job, now, deadline, self.costs) for job in jobs)
-        if allowed is None or deadline is None or self.costs is None:
-            return start
-        with self._changed:
-            budget = self.limits.max_batch_tokens
-            needed = self._queue.seconds_before(start, jobs, self.costs, budget)
-        if now + needed > deadline:
+    def _check_deadline(self, batch: ClientBatch, jobs: Sequence[Job], now: float) -> None:
+        """Refuse a request whose texts, by what layers cost, cannot all be answered in time; they
+        have one deadline."""
+        deadline = jobs[0].deadline
+        if deadline is None:
+            return
+        end = now + self.scheduler.seconds_until_answered(jobs, now)
+        if end > deadline:
+            expected_s, allowed_s = end - batch.admitted_at, deadline - batch.admitted_at
             raise DeadlineExceeded(
-                f"the answer would take {(now + needed - batch.admitted_at) * 1000:.0f} ms, "
-                f"deadline_ms is {allowed * 1000:.0f}",
+                f"the answer would take {expected_s * 1000:.0f} ms, "
+                f"deadline_ms is {allowed_s * 1000:.0f}",
                 param="deadline_ms",
             )
-        return start
 
     def _leave(self, batch: ClientBatch) -> None:
         """Nobody waits for it any more; take those of its texts out that still do."""
@@ -253,8 +241,8 @@ class Batcher:
             return
         with self._changed:
             for job in batch.jobs:
-                if job in self._queue:
-                    self._queue.take_out(job)
+                if job in self.scheduler.queue:
+                    self.scheduler.queue.take_out(job)
 
     def _settle(self, answers: Sequence[tuple[Job, TimedAnswer | ServiceError]]) -> None:
         for job, answer in answers:
@@ -275,83 +263,81 @@ class Batcher:
 
     def serve(self) -> None:
         """The engine thread's main loop, until `close`."""
-        while True:
-            jobs, reason = self._next_batch()
-            if not jobs:
-                return
-            self._run(jobs, reason)
-
-    def _next_batch(self) -> tuple[list[Job], DispatchReason]:
-        """Wait for work; an empty batch means closed."""
-        with self._changed:
-            while True:
-                jobs, reason = self._take()
-                if jobs or self._closed:
-                    return jobs, reason
-                self._changed.wait()
-
-    def _take(self) -> tuple[list[Job], DispatchReason]:
-        """In the queue's order, as many as fit the token budget."""
-        jobs: list[Job] = []
-        room = self.limits.max_batch_tokens
-        while self._queue:
-            job = self._queue.first()
-            if jobs and job.tokens > room:
-                return jobs, "tokens"
-            if len(jobs) == self.limits.max_batch_texts:
-                return jobs, "full"
-            self._queue.take_out(job)
-            if job.abandoned:
-                continue
-            jobs.append(job)
-            room -= job.tokens
-        return jobs, "idle"
-
-    def _run(self, jobs: list[Job], reason: DispatchReason) -> None:
-        """Compute a batch, answer its texts as they leave; a failure stays within the batch."""
-        started = self._busy_since = self._clock()
-        broken: list[tuple[Job, Exception]] = []
-        failure = EngineFailed("the engine gave no answer to this text")
         try:
-            waits = [started - job.queued_at for job in jobs]
-            self._metrics.batch_formed(reason, sum(job.tokens for job in jobs), waits)
-            depth = 0
-            for left in self._engine(jobs):
-                self._metrics.layers_ran(range(depth + 1, left.exit_layer + 1), left.texts_run)
-                depth = left.exit_layer
-                broken += self._hand_out(jobs, left, started)
-        except Exception:
-            log.exception("a batch of %d texts failed, requests %s", len(jobs), _names(jobs))
-            failure = EngineFailed("the model failed on this batch")
+            while (step := self._next_step()) is not None:
+                self._carry_out(step)
         finally:
             self._busy_since = None
-            self._metrics.batch_done(self._clock() - started)
-        if broken:
-            names = _names([job for job, _ in broken])
-            text = "%d of %d texts of a batch failed: %s, requests %s"
-            log.error(text, len(broken), len(jobs), broken[0][1], names)
-        self._post(lambda: self._finish(jobs, failure))
 
-    def _hand_out(self, jobs: list[Job], left: Left, started: float) -> list[tuple[Job, Exception]]:
-        """Post the answers of those who left together; returns those whose computation broke."""
-        inference_s = self._clock() - started
+    def _next_step(self) -> Step | None:
+        """Wait for something to do; None means closed."""
+        with self._changed:
+            while True:
+                step = self.scheduler.next_step(self._clock())
+                if step is not None or self._closed:
+                    return step
+                self._changed.wait()
+
+    def _carry_out(self, step: Step) -> None:
+        """Run a group to its next exit and answer who leaves; a failure stays within the group."""
+        group, left = step.group, None
+        started = self._busy_since = self._clock()
+        failure = EngineFailed("the engine gave no answer to this text")
+        try:
+            if step.opened is not None:
+                self._start(group, step.opened)
+            if step.joined is not None:
+                group.course.take_in(step.joined.course)
+            left = next(group.course, None)
+            if left is not None:
+                self._hand_out(group, left)
+        except Exception:
+            names = _names(group.jobs)
+            log.exception("a batch of %d texts failed, requests %s", len(group.jobs), names)
+            left, failure = None, EngineFailed("the model failed on this batch")
+        finally:
+            self._metrics.engine_worked(self._clock() - started)
+        if left is None:
+            self._end(group, failure)
+
+    def _start(self, group: Group, reason: DispatchReason) -> None:
+        waits = [job.started_at - job.queued_at for job in group.jobs]
+        self._metrics.batch_formed(reason, group.tokens, waits)
+        group.course = self._engine(group.jobs)
+
+    def _hand_out(self, group: Group, left: Left) -> None:
+        """Post the answers of those who left together."""
+        self._metrics.layers_ran(range(group.layer + 1, left.exit_layer + 1), left.texts_run)
+        group.passed(left)
+        now = self._clock()
         answers: list[tuple[Job, TimedAnswer | ServiceError]] = []
         broken: list[tuple[Job, Exception]] = []
-        exits: list[Answer] = []
+        exits: list[tuple[ExitReason, float]] = []
         for index, answer in left.answers:
-            job = jobs[index]
+            job = group.jobs[index]
             if isinstance(answer, Exception):
                 broken.append((job, answer))
                 answers.append((job, EngineFailed(str(answer))))
             else:
-                exits.append(answer)
-                timed = TimedAnswer(answer, started - job.queued_at, inference_s)
+                timed = TimedAnswer(answer, job.started_at - job.queued_at, now - job.started_at)
+                exits.append((answer.reason, timed.inference_s))
                 answers.append((job, timed))
         # Counted first: whoever has an answer finds it in the metrics.
-        self._metrics.texts_left(left.exit_layer, (one.reason for one in exits), inference_s)
+        self._metrics.texts_left(left.exit_layer, exits)
         if answers:
             self._post(lambda: self._settle(answers))
-        return broken
+        if broken:
+            names = _names([job for job, _ in broken])
+            text = "%d of %d texts of a batch failed: %s, requests %s"
+            log.error(text, len(broken), len(group.jobs), broken[0][1], names)
+
+    def _end(self, group: Group, failure: ServiceError) -> None:
+        """Whoever has not been answered gets the failure."""
+        with self._changed:
+            self.scheduler.close(group)
+            if not self.scheduler.groups:
+                self._busy_since = None
+        self._post(lambda: self._finish(group.jobs, failure))
 
     def _post(self, callback: Callable[[], None]) -> None:
         assert self._loop is not None

@@ -10,15 +10,19 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
-from offramp_model.calibration import CalibrationTable
+from offramp_model.calibration import CalibrationTable, CurvePoint
 from offramp_model.policies import never, threshold_range
 from offramp_service.errors import InvalidInput
-from offramp_service.jobs import Controls
+from offramp_service.jobs import Controls, Depth
 from offramp_service.served_model import ServedModel
 
 SPEEDUP_HEADER = "X-Speedup"
 THRESHOLD_HEADER = "X-Exit-Threshold"
+
+ExitCounts = tuple[int, ...]
+"""Calibration rows that left after each layer 1..L."""
 
 _DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
@@ -41,6 +45,7 @@ class ControlDesk:
         self._model, self._longest_ms = model, longest_ms
         self._never = never(model.policy)
         self._thresholds = threshold_range(model.policy, model.config)
+        self._to_the_end: ExitCounts = (*[0] * (model.num_layers - 1), 1)
 
     def resolve(self, asked: Asked, headers: Mapping[str, str]) -> Controls:
         """The controls of one request.
@@ -49,12 +54,12 @@ class ControlDesk:
             InvalidInput: a value is out of range; names the field or header.
         """
         min_layer, max_layer = self._bounds(asked)
-        threshold, depth, speedup = self._aim(asked, headers)
+        threshold, exit_counts, speedup = self._aim(asked, headers)
         return Controls(
             threshold=threshold,
             min_layer=min_layer,
             max_layer=max_layer,
-            expected_layers=min(max(depth, min_layer), max_layer),
+            depth=_depth(exit_counts, min_layer, max_layer),
             speedup=speedup,
             deadline_s=self._deadline(asked.deadline_ms),
         )
@@ -69,8 +74,11 @@ class ControlDesk:
             )
         return deadline_ms / 1000
 
-    def _aim(self, asked: Asked, headers: Mapping[str, str]) -> tuple[float, float, float | None]:
-        """Threshold, expected layers, and the speed-up if that is how it was said."""
+    def _aim(
+        self, asked: Asked, headers: Mapping[str, str]
+    ) -> tuple[float, ExitCounts, float | None]:
+        """Threshold, where calibration rows leave at it, and the speed-up if that is how it was
+        said."""
         if asked.threshold is not None:
             return self._at_threshold(asked.threshold, "threshold")
         if asked.speedup is not None:
@@ -81,7 +89,7 @@ class ControlDesk:
             return self._at_speedup(_number(text, SPEEDUP_HEADER), SPEEDUP_HEADER)
         return self._at_speedup(self._model.default_speedup, "speedup")
 
-    def _at_speedup(self, speedup: float, param: str) -> tuple[float, float, float]:
+    def _at_speedup(self, speedup: float, param: str) -> tuple[float, ExitCounts, float]:
         model = self._model
         if not model.min_speedup <= speedup <= model.max_speedup:  # false for NaN as well
             raise InvalidInput(
@@ -90,11 +98,11 @@ class ControlDesk:
                 param=param,
             )
         if speedup == 1.0 or model.table is None:
-            return self._never, float(model.num_layers), speedup
+            return self._never, self._to_the_end, speedup
         point = model.table.point_for(speedup)
-        return point.threshold, point.mean_exit_layer, speedup
+        return point.threshold, point.exit_counts, speedup
 
-    def _at_threshold(self, threshold: float, param: str) -> tuple[float, float, None]:
+    def _at_threshold(self, threshold: float, param: str) -> tuple[float, ExitCounts, None]:
         least, most = self._thresholds
         if not least <= threshold <= most:
             raise InvalidInput(
@@ -103,8 +111,8 @@ class ControlDesk:
                 param=param,
             )
         table = self._model.table
-        depth = _depth_at(table, threshold) if table else float(self._model.num_layers)
-        return threshold, depth, None
+        exit_counts = _point_at(table, threshold).exit_counts if table else self._to_the_end
+        return threshold, exit_counts, None
 
     def _bounds(self, asked: Asked) -> tuple[int, int]:
         """Layer bounds; `max_layer` is a promise, so it falls to an exit at or before it."""
@@ -126,15 +134,21 @@ class ControlDesk:
         return low, exits[exits_before - 1]
 
 
-def _depth_at(table: CalibrationTable, threshold: float) -> float:
-    """Mean exit layer near a raw threshold; points run from the strictest on."""
+@lru_cache(maxsize=1024)
+def _depth(exit_counts: tuple[int, ...], min_layer: int, max_layer: int) -> Depth:
+    """One object for each class, because its sums are kept in it."""
+    return Depth.of(exit_counts, min_layer, max_layer)
+
+
+def _point_at(table: CalibrationTable, threshold: float) -> CurvePoint:
+    """The point near a raw threshold; points run from the strictest on."""
     points = table.points[1:]
     if not points:
-        return table.points[0].mean_exit_layer
+        return table.points[0]
     rising = points[-1].threshold >= points[0].threshold
     sign = 1.0 if rising else -1.0
     index = bisect_left(points, sign * threshold, key=lambda point: sign * point.threshold)
-    return points[min(index, len(points) - 1)].mean_exit_layer
+    return points[min(index, len(points) - 1)]
 
 
 def _number(text: str, header: str) -> float:

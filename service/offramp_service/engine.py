@@ -1,7 +1,8 @@
 """The engine: computes a batch of texts on the device and says who leaves where.
 
-It owns the device. It runs in one thread, which is not started here, and turns `layer_loop` into
-plain answers; a text that leaves early is yielded while the rest of its batch is still running.
+It owns the device. It runs in one thread, which is not started here, and turns the turns of
+`layer_loop` into plain answers; a text that leaves early is yielded while the rest of its batch is
+still running.
 It knows nothing about queues, futures, clients or time.
 """
 
@@ -11,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from offramp_model.cost import StepTable
-from offramp_model.layer_loop import LayerStack, Leavers, layer_loop, start_rows
+from offramp_model.layer_loop import LayerStack, Leavers, layer_loop, run_to_exit, start_rows
 from offramp_model.policies import ExitPolicy
-from offramp_model.rows import Encoding, RowSettings, TokenBatch
+from offramp_model.rows import ActiveRows, Encoding, RowSettings, TokenBatch
 from offramp_service.jobs import Answer, ExitReason, Job, Left
 
 MEASURED_LENGTH = 32  # of the texts whose layers are timed
@@ -64,27 +65,75 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def __call__(self, jobs: Sequence[Job]) -> Iterator[Left]:
-        """Answer every job that is not abandoned, and say at every exit who ran to it.
-
-        Raises:
-            RuntimeError: not as many answers came out as texts went in.
-        """
+    def __call__(self, jobs: Sequence[Job]) -> "Course":
+        """Take a batch in; iterating it answers every job that is not abandoned, exit by exit."""
         batch = TokenBatch.pack([Encoding(job.ids, job.type_ids) for job in jobs], self._device)
         rows = start_rows(self._stack, batch, self._policy, _settings(jobs))
+        return Course(self._stack, self._policy, rows, jobs)
 
-        def abandoned(index: torch.Tensor) -> torch.Tensor:
-            given_up = [jobs[row].abandoned for row in index.tolist()]
-            return torch.tensor(given_up, dtype=torch.bool, device=index.device)
 
-        pending = set(range(len(jobs)))
-        for leavers in layer_loop(self._stack, rows, self._policy, abandoned=abandoned):
-            answers = self._answers(leavers)
-            for index, _ in answers:
-                pending.remove(index)  # KeyError: a row that left twice
-            yield Left(leavers.exit_layer, leavers.rows_run, answers)
-        if lost := [index for index in pending if not jobs[index].abandoned]:
-            raise RuntimeError(f"{len(jobs)} texts went in, {len(lost)} did not come out")
+class Course:
+    """A batch on its way through the layers: each `next` runs it to an exit, and says how many ran
+    to it and who leaves there.
+
+    The same turns as `layer_loop`, in the hands of whoever calls `next`, so that several batches
+    can be under way, and two that have come to the same exit can go on as one.
+    """
+
+    def __init__(
+        self, stack: LayerStack, policy: ExitPolicy, rows: ActiveRows, jobs: Sequence[Job]
+    ) -> None:
+        self._stack, self._policy, self._rows = stack, policy, rows
+        self._jobs = list(jobs)
+        self._pending = set(range(len(jobs)))
+        self._exits = iter(stack.exit_layers)
+
+    def __iter__(self) -> Iterator[Left]:
+        return self
+
+    @torch.inference_mode()
+    def __next__(self) -> Left:
+        """Run to the next exit.
+
+        Raises:
+            StopIteration: nobody is left.
+            RuntimeError: nobody is left, and not as many answers came out as texts went in.
+        """
+        leavers = self._run_on()
+        if leavers is None:
+            self._check_all_out()
+            raise StopIteration
+        answers = self._answers(leavers)
+        for index, _ in answers:
+            self._pending.remove(index)  # KeyError: a row that left twice
+        return Left(leavers.exit_layer, leavers.rows_run, answers)
+
+    @torch.inference_mode()
+    def take_in(self, other: "Course") -> None:
+        """Go on together with a batch that has come to the same exit; its jobs count on from ours.
+
+        Nothing may be asked of `other` any more.
+        """
+        offset = len(self._jobs)
+        self._rows.append(other._rows, offset)
+        self._jobs += other._jobs
+        self._pending |= {offset + index for index in other._pending}
+
+    def _run_on(self) -> Leavers | None:
+        exit_layer = next(self._exits, None)
+        if exit_layer is None:
+            return None
+        return run_to_exit(
+            self._stack, self._rows, self._policy, exit_layer, abandoned=self._abandoned
+        )
+
+    def _abandoned(self, index: torch.Tensor) -> torch.Tensor:
+        given_up = [self._jobs[row].abandoned for row in index.tolist()]
+        return torch.tensor(given_up, dtype=torch.bool, device=index.device)
+
+    def _check_all_out(self) -> None:
+        if lost := [index for index in self._pending if not self._jobs[index].abandoned]:
+            raise RuntimeError(f"{len(self._jobs)} texts went in, {len(lost)} did not come out")
 
     def _answers(self, leavers: Leavers) -> list[tuple[int, Answer | Exception]]:
         if not leavers.row.numel():

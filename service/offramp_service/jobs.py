@@ -1,13 +1,57 @@
-"""What routes, batcher and engine hand each other: one text to classify, and its answer.
+"""What routes, scheduler, batcher and engine hand each other: one text to classify, its answer.
 
 Plain data without tensors, so that the batcher stays free of torch and the engine free of HTTP.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from functools import cached_property
+from typing import Any, Literal, Protocol
 
 ExitReason = Literal["criterion", "final", "forced"]
+DispatchReason = Literal["full", "tokens", "idle"]
+"""What ended the forming of a batch: its texts, its tokens, or an empty queue."""
+
+LATE_SHARE = 0.05
+"""Of a class's texts that may run deeper than what is planned for."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How deep texts of one class of controls go, by calibration.
+
+    `inside[k]` is the share that runs layer k + 1: 1 at first, never rising.
+    """
+
+    inside: tuple[float, ...]
+
+    @classmethod
+    def of(cls, exit_counts: Sequence[int], min_layer: int, max_layer: int) -> "Depth":
+        """From calibration rows counted by exit layer, within a request's bounds."""
+        rows = sum(exit_counts)
+        stays = [rows - sum(exit_counts[:layer]) for layer in range(max_layer)]
+        return cls(tuple(1.0 if k < min_layer else left / rows for k, left in enumerate(stays)))
+
+    @classmethod
+    def full(cls, layers: int) -> "Depth":
+        """Every text runs so many layers."""
+        return cls((1.0,) * layers)
+
+    @cached_property
+    def mean(self) -> float:
+        """Layers that such a text runs on average."""
+        return sum(self.inside)
+
+    @cached_property
+    def late(self) -> int:
+        """Layers that 95 % of such texts do not exceed."""
+        return sum(share > LATE_SHARE for share in self.inside)
+
+    def ahead(self, layer: int) -> float:
+        """Expected further layers of a text that is still inside after `layer`."""
+        rest = self.inside[layer:]
+        # Deeper than any calibration row went: to the end, to be on the safe side.
+        return sum(rest) / rest[0] if rest and rest[0] else float(len(rest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +61,7 @@ class Controls:
     threshold: float
     min_layer: int
     max_layer: int
-    expected_layers: float  # layers such a text runs on average, by calibration
+    depth: Depth  # how deep such texts go
     speedup: float | None = None  # what was asked for; None when a raw threshold was
     deadline_s: float | None = None  # from the request's arrival; later answers are worth nothing
 
@@ -61,6 +105,9 @@ class Job:
     waiter: Waiter = field(init=False)
     index: int = field(init=False)  # place in its client batch
     queued_at: float = field(init=False)
+    deadline: float | None = field(init=False)  # after which the answer is worth nothing
+    # Filled by the scheduler when its batch is formed:
+    started_at: float = field(init=False)
 
     @property
     def tokens(self) -> int:
@@ -85,5 +132,16 @@ class Left:
     answers: Sequence[tuple[int, Answer | Exception]]
 
 
-# Computes a batch, exit by exit. Runs in the engine thread only.
-Engine = Callable[[Sequence[Job]], Iterable[Left]]
+class Course(Protocol):
+    """A batch under way: each `next` runs it to its next exit, until nobody is left inside."""
+
+    def __next__(self) -> Left: ...
+
+    def take_in(self, other: Any) -> None:
+        """Go on together with another course of the same engine that has come to the same exit;
+        its texts' places count on from ours. Nothing may be asked of `other` any more."""
+        ...
+
+
+# Takes a batch in. Runs in the engine thread only, like what it returns.
+Engine = Callable[[Sequence[Job]], Course]

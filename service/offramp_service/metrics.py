@@ -9,16 +9,14 @@ It knows nothing about HTTP, threads or tensors; whoever sees an event calls the
 
 from bisect import bisect_right
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from offramp_service.errors import Reason
-from offramp_service.jobs import ExitReason
-
-DispatchReason = Literal["full", "tokens", "idle"]
+from offramp_service.jobs import DispatchReason, ExitReason
 
 CODES = (200, 400, 404, 413, 422, 429, 499, 500, 503, 504)
 SECONDS = (
@@ -181,15 +179,15 @@ class Metrics:
         for wait in waits_s:
             self._queue_s.observe(wait)
 
-    def texts_left(self, layer: int, reasons: Iterable[ExitReason], inference_s: float) -> None:
-        """Texts of one batch that left together after a layer."""
-        for reason, count in Tally(reasons).items():
+    def texts_left(self, layer: int, exits: Sequence[tuple[ExitReason, float]]) -> None:
+        """Texts that left together after a layer: why, and seconds since their batch was formed."""
+        for reason, count in Tally(reason for reason, _ in exits).items():
             self._exits[layer, reason].inc(count)
-            self._samples.inc(count)
-            self._saved.inc(count * (self._num_layers - layer))
-            for _ in range(count):
-                self._exit_layer.observe(layer)
-                self._inference_s.observe(inference_s)
+        self._samples.inc(len(exits))
+        self._saved.inc(len(exits) * (self._num_layers - layer))
+        for _, inference_s in exits:
+            self._exit_layer.observe(layer)
+            self._inference_s.observe(inference_s)
 
     def layers_ran(self, layers: range, texts: int) -> None:
         """So many texts of one batch ran these layers, whatever becomes of their answers."""
@@ -197,7 +195,7 @@ class Metrics:
             self._runs[layer - 1].inc(texts)
             self._survivors[layer - 1].observe(texts)
 
-    def batch_done(self, seconds: float) -> None:
+    def engine_worked(self, seconds: float) -> None:
         self._busy_s.inc(seconds)
 
     # -- gauges ------------------------------------------------------------------------------

@@ -102,6 +102,20 @@ class Settings(BaseSettings):
             "cannot meet their deadline are refused at once"
         ),
     ] = False
+    group_batches: Annotated[
+        bool,
+        Field(
+            description="put texts of like length and depth into one batch, where nobody is made "
+            "late; needs --warmup"
+        ),
+    ] = False
+    backlog_merging: Annotated[
+        bool,
+        Field(
+            description="under backlog, let batches wait for each other between layers, where the "
+            "measured costs say that it pays; needs --warmup"
+        ),
+    ] = False
 
     # exits
     default_speedup: Annotated[
@@ -156,6 +170,9 @@ class Settings(BaseSettings):
                 f"max_input_length {self.max_input_length} is above "
                 f"max_batch_tokens {self.max_batch_tokens}"
             )
+        if (self.group_batches or self.backlog_merging) and not self.warmup:
+            flag = "group_batches" if self.group_batches else "backlog_merging"
+            raise ValueError(f"{flag} goes by the costs that warmup measures, which is off")
         if self.max_speedup is not None and self.max_speedup < self.min_speedup:
             raise ValueError(
                 f"max_speedup {self.max_speedup} is below min_speedup {self.min_speedup}"

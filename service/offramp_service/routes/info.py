@@ -16,6 +16,7 @@ from offramp_model.calibration import CalibrationTable, reachable_speedups
 from offramp_model.cost import StepTable
 from offramp_model.policies import threshold_range
 from offramp_service.pipeline import Pipeline
+from offramp_service.scheduler import Scheduler
 from offramp_service.schemas import encode_json
 
 
@@ -95,8 +96,17 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         # The operator's bounds are of `speedup` only; a raw threshold is the client's own.
         "threshold": {"min": least, "max": most, "direction": model.policy.direction},
         "calibration": _calibration(model.table) if model.table else None,
-        "layer_cost": _costs(costs) if (costs := pipeline.batcher.costs) else None,
+        "layer_cost": _costs(costs) if (costs := pipeline.batcher.scheduler.costs) else None,
+        "group_batches": settings.group_batches,
+        "backlog_merging": _merging(pipeline.batcher.scheduler),
     }
+
+
+def _merging(scheduler: Scheduler) -> str:
+    """Asked for or not; and if it stays off all the same, why."""
+    if not scheduler.plan.merge_backlog:
+        return "off"
+    return "on" if scheduler.merges else "off: it does not pay at these layer costs"
 
 
 def _costs(table: StepTable) -> dict[str, Any]:

@@ -3,20 +3,22 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from offramp_service.batcher import Batcher, Limits
-from offramp_service.jobs import Answer, Controls, Engine, Job, Left, TimedAnswer
+from offramp_service.jobs import Answer, Controls, Depth, Engine, Job, Left, TimedAnswer
 from offramp_service.metrics import Metrics
+from offramp_service.scheduler import Plan, Scheduler
 
 LAYERS = 4
 
 
 def job(number: int, *, tokens: int = 3, threshold: float = 1.0) -> Job:
     """A text whose answer will carry its number."""
-    return Job([number] * tokens, [0] * tokens, Controls(threshold, 1, LAYERS, float(LAYERS)))
+    return Job([number] * tokens, [0] * tokens, Controls(threshold, 1, LAYERS, Depth.full(LAYERS)))
 
 
 def answer_to(job: Job, layer: int = LAYERS) -> Answer:
@@ -71,6 +73,21 @@ class GatedEngine:
             yield Left(layer, len(jobs) if layer == 2 else len(part), answers)
 
 
+def batcher_of(
+    engine: Engine,
+    metrics: Metrics,
+    *,
+    max_batch_tokens: int = 1000,
+    max_batch_texts: int = 100,
+    max_texts: int = 100,
+    max_queued_tokens: int = 1000,
+    **how: Any,
+) -> Batcher:
+    """A batcher that nobody serves yet, with wide limits."""
+    plan = Plan(max_batch_tokens, max_batch_texts)
+    return Batcher(engine, Scheduler(plan), Limits(max_texts, max_queued_tokens), metrics, **how)
+
+
 def make_metrics() -> Metrics:
     return Metrics(
         CollectorRegistry(),
@@ -104,13 +121,7 @@ def make_batcher(metrics: Metrics) -> Callable[..., Batcher]:
     """A batcher that nobody serves yet."""
 
     def make(engine: Engine, **limits: int) -> Batcher:
-        wide = {
-            "max_batch_tokens": 1000,
-            "max_batch_texts": 100,
-            "max_texts": 100,
-            "max_queued_tokens": 1000,
-        }
-        return Batcher(engine, Limits(**(wide | limits)), metrics)
+        return batcher_of(engine, metrics, **limits)
 
     return make
 

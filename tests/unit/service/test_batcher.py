@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loading import load
 from offramp_model.cost import StepTable
-from offramp_service.batcher import Batcher, ClientBatch, Limits
+from offramp_service.batcher import Batcher, ClientBatch
 from offramp_service.errors import (
     DeadlineExceeded,
     EngineFailed,
@@ -347,7 +347,7 @@ async def test_stuck_is_a_batch_that_never_ends(metrics) -> None:
         seen.append(batcher.stuck)
         yield Left(4, len(jobs), [(index, fakes.answer_to(job)) for index, job in enumerate(jobs)])
 
-    batcher = Batcher(engine, Limits(100, 100, 10, 100), metrics, clock=lambda: now)
+    batcher = fakes.batcher_of(engine, metrics, clock=lambda: now)
     task = asyncio.create_task(fakes.ask(batcher, [fakes.job(1)]))
     await asyncio.sleep(0)
     thread = threading.Thread(target=batcher.serve, daemon=True)
@@ -386,13 +386,13 @@ async def test_what_cannot_be_in_time_is_refused_before_it_costs_anything(
 ) -> None:
     engine = fakes.GatedEngine()
     batcher = make_batcher(engine)
-    batcher.costs = StepTable((10, 1000), (0.01, 1.0))  # 1 ms a token and layer
+    batcher.scheduler.learn(StepTable((10, 1000), (0.01, 1.0)))  # 1 ms a token and layer
     served(batcher)
     first = asyncio.create_task(fakes.ask(batcher, [fakes.job(1)]))
     await until(engine.entered.is_set)
     waiting = asyncio.create_task(fakes.ask(batcher, [fakes.job(2, tokens=100)]))
     await until(lambda: read("queue_requests") == 1)
-    layers = fakes.job(0).controls.expected_layers
+    layers = fakes.job(0).controls.depth.mean
     # 50 tokens: as many milliseconds a layer alone, three times as many behind the 100. Whoever has
     # to start before those is not behind them.
     for deadline_s, in_time in ((0.04 * layers, False), (1.5 + 0.04 * layers, True)):
@@ -442,7 +442,13 @@ async def test_every_admitted_request_ends_exactly_once_and_the_books_balance(se
 async def _storm(rng: random.Random) -> None:
     metrics = fakes.make_metrics()
     engine: Engine = _Moody(rng)
-    batcher = Batcher(engine, Limits(12, 4, 12, 30), metrics)
+    limits = {
+        "max_batch_tokens": 12,
+        "max_batch_texts": 4,
+        "max_texts": 12,
+        "max_queued_tokens": 30,
+    }
+    batcher = fakes.batcher_of(engine, metrics, **limits)
     thread = threading.Thread(target=batcher.serve, daemon=True)
     thread.start()
     admitted_and_answered = 0

@@ -48,8 +48,9 @@ def test_one_never_leaves_early_and_more_follows_the_table(
     two = desk.resolve(Asked(speedup=2.0), {})
     assert model.table is not None
     assert two.threshold == model.table.threshold_for(2.0)
-    assert two.expected_layers == model.table.point_for(2.0).mean_exit_layer <= 2.0
-    assert desk.resolve(Asked(speedup=model.max_speedup), {}).expected_layers >= 1.0
+    assert two.depth.mean == pytest.approx(model.table.point_for(2.0).mean_exit_layer)
+    assert two.depth.mean <= 2.0 + 1e-9
+    assert desk.resolve(Asked(speedup=model.max_speedup), {}).depth.mean >= 1.0
 
 
 def test_a_higher_speedup_never_asks_for_a_stricter_threshold(desk: ControlDesk) -> None:
@@ -66,12 +67,12 @@ def test_body_over_header_over_default_and_threshold_over_speedup(
     assert desk.resolve(Asked(speedup=3.0), both).speedup == 3.0
     raw = desk.resolve(Asked(speedup=3.0, threshold=0.6), both)
     assert (raw.threshold, raw.speedup) == (0.6, None)
-    assert 1.0 <= raw.expected_layers <= 4.0
+    assert 1.0 <= raw.depth.mean <= 4.0
 
 
 def test_bounds(desk: ControlDesk) -> None:
     bounded = desk.resolve(Asked(min_layer=2, max_layer=3), {})
-    assert (bounded.min_layer, bounded.max_layer, bounded.expected_layers) == (2, 3, 3)
+    assert (bounded.min_layer, bounded.max_layer, bounded.depth.mean) == (2, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_another_policy_has_its_own_units(directory: Path) -> None:
 
 def test_without_a_calibration_only_thresholds_can_be_asked_for(directory: Path) -> None:
     desk = ControlDesk(load_model(Settings(model_id=directory, exit_policy="margin")), 30_000)
-    assert desk.resolve(Asked(threshold=0.5), {}).expected_layers == 4
+    assert desk.resolve(Asked(threshold=0.5), {}).depth.mean == 4
     assert desk.resolve(Asked(speedup=1.0), {}).threshold == INF
     with pytest.raises(InvalidInput, match="allowed is 1 to 1"):
         desk.resolve(Asked(speedup=1.5), {})

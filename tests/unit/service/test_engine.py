@@ -6,7 +6,7 @@ import torch
 from offramp_model.policies import HeadOutput, make_policy
 from offramp_model.rows import PackedTokens, TokenBatch
 from offramp_service.engine import Engine
-from offramp_service.jobs import Controls, Job
+from offramp_service.jobs import Controls, Depth, Job
 
 
 class ScriptedStack:
@@ -41,7 +41,9 @@ def text(
     max_layer: int = 4,
     abandoned: bool = False,
 ) -> Job:
-    job = Job([token] * length, [0] * length, Controls(threshold, min_layer, max_layer, 4.0))
+    job = Job(
+        [token] * length, [0] * length, Controls(threshold, min_layer, max_layer, Depth.full(4))
+    )
     job.waiter = Client(abandoned)
     return job
 
@@ -124,6 +126,6 @@ def test_broken_and_abandoned_texts_ran_their_layers_too(engine: Engine) -> None
 def test_a_text_that_does_not_come_out_is_noticed(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offramp_service.engine.layer_loop", lambda *_, **__: iter(()))
+    monkeypatch.setattr("offramp_service.engine.run_to_exit", lambda *_, **__: None)
     with pytest.raises(RuntimeError, match="2 texts went in, 2 did not come out"):
         list(engine([text(1), text(2)]))

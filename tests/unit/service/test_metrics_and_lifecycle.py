@@ -19,9 +19,9 @@ def test_every_series_exists_before_the_first_request(metrics: Metrics, read) ->
     assert read("request_failures_total", reason="draining") == 0
     assert read("tokens_total", kind="padding") == 0
     metrics.batch_formed("tokens", 12, [0.1, 0.2])
-    metrics.texts_left(2, ["criterion", "forced", "criterion"], 0.01)
+    metrics.texts_left(2, [("criterion", 0.01), ("forced", 0.01), ("criterion", 0.01)])
     metrics.layers_ran(range(1, 3), 3)
-    metrics.batch_done(0.01)
+    metrics.engine_worked(0.01)
     metrics.speedup_given(1.9, 3, 6)
     metrics.request_done("/classify", 200, 0.1)
     metrics.request_failed("backend")
@@ -29,9 +29,9 @@ def test_every_series_exists_before_the_first_request(metrics: Metrics, read) ->
 
 
 def test_the_arithmetic_of_layers(metrics: Metrics, read) -> None:
-    metrics.texts_left(1, ["criterion"], 0.01)
-    metrics.texts_left(3, ["criterion", "forced"], 0.01)
-    metrics.texts_left(4, ["final"], 0.01)
+    metrics.texts_left(1, [("criterion", 0.01)])
+    metrics.texts_left(3, [("criterion", 0.01), ("forced", 0.01)])
+    metrics.texts_left(4, [("final", 0.01)])
     # Exits after layers 1, 3 and 4; a fifth text was given up after the first.
     for layers, texts in ((range(1, 2), 5), (range(2, 4), 3), (range(4, 5), 1)):
         metrics.layers_ran(layers, texts)

@@ -1,0 +1,245 @@
+"""A discrete-event simulation of the service: the real scheduler, a made-up clock, a made-up device.
+
+`offramp_service.scheduler` decides, exactly as it does in the service; only time and the device are
+pretended. A layer takes what a cost table says, a text leaves at the layer that was drawn for it
+beforehand, whatever becomes of its batch, and a client is gone at its deadline. So a run of hours
+takes seconds, and the same seed gives the same run.
+
+It knows no threads, tensors or HTTP. What the front costs (tokenisation, the event loop) is not in
+it.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from offramp_model.cost import StepTable
+from offramp_service.jobs import Answer, Controls, Depth, Job, Left
+from offramp_service.scheduler import Group, Plan, Scheduler, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What running costs: a layer by the table; compaction, where it saves more than it costs; a
+    wait of the host for the device at every exit, where there is one."""
+
+    costs: StepTable
+    exit_layers: tuple[int, ...]
+    compacts: bool = True
+    move_s: float = 0.0  # per compaction or joining of two groups
+    move_token_s: float = 0.0  # and for each token moved
+    sync_s: float = 0.0
+
+    def pays(self, layers: int, carried: float, left: float) -> bool:
+        saved = layers * (self.costs(carried) - self.costs(left))
+        return self.compacts and saved > self.moving(left)
+
+    def moving(self, tokens: float) -> float:
+        return self.move_s + self.move_token_s * tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One request of one text: when it comes, how large it is, where it will leave, and how long
+    its client waits."""
+
+    arrives: float
+    tokens: int
+    depth: Depth
+    exit_layer: int
+    deadline_s: float | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of the texts, by their place in the traffic, and what it cost."""
+
+    answered: dict[int, float] = field(default_factory=dict)  # seconds from arrival
+    exit_layers: dict[int, int] = field(default_factory=dict)
+    refused: list[int] = field(default_factory=list)  # at once: they would have been late
+    given_up: list[int] = field(default_factory=list)  # at their deadline
+    starts: list[int] = field(default_factory=list)  # in the order in which they were taken
+    text_layers: int = 0  # run for texts that somebody waited for
+    ends: float = 0.0
+    busy_s: float = 0.0
+    longest_pause_s: float = 0.0  # of a group between two of its steps
+    joined: int = 0
+    backlog_steps: int = 0
+
+
+class _Client:
+    """Waits until its deadline."""
+
+    def __init__(self, world: "Simulation") -> None:
+        self._world = world
+        self.due: float | None = None
+
+    @property
+    def abandoned(self) -> bool:
+        return self.due is not None and self._world.now > self.due
+
+
+class SimulatedCourse:
+    """A batch under way on the device: each `next` lets the time of a stretch pass."""
+
+    def __init__(self, world: "Simulation", jobs: Sequence[Job]) -> None:
+        self._world, self._device = world, world.device
+        self._jobs = list(jobs)
+        self._inside = set(range(len(jobs)))
+        self._carried = float(sum(job.tokens for job in jobs))
+        self._passed = 0  # exits
+
+    def __next__(self) -> Left:
+        world, device, jobs = self._world, self._device, self._jobs
+        self._inside = {place for place in self._inside if not jobs[place].abandoned}
+        if not self._inside:
+            raise StopIteration
+        exit_layer = device.exit_layers[self._passed]
+        before = device.exit_layers[self._passed - 1] if self._passed else 0
+        tokens = float(sum(jobs[place].tokens for place in self._inside))
+        if tokens < self._carried and device.pays(exit_layer - before, self._carried, tokens):
+            world.spend(device.moving(tokens))
+            self._carried = tokens
+        world.spend((exit_layer - before) * device.costs(self._carried) + device.sync_s)
+        run = len(self._inside)
+        world.outcome.text_layers += run * (exit_layer - before)
+        leavers = [place for place in self._inside if world.leaves_at(jobs[place]) <= exit_layer]
+        self._inside.difference_update(leavers)
+        self._passed += 1
+        answer = Answer(0, [], [], exit_layer, 0.0, "criterion")
+        return Left(exit_layer, run, [(place, answer) for place in leavers])
+
+    def take_in(self, other: "SimulatedCourse") -> None:
+        offset = len(self._jobs)
+        self._jobs += other._jobs
+        self._inside |= {offset + place for place in other._inside}
+        self._carried += other._carried
+        self._world.spend(self._device.moving(self._carried))
+
+
+class Simulation:
+    """One run: traffic in, outcome out."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        device: Device,
+        traffic: Sequence[Text],
+        *,
+        costs_known: bool = True,
+        refuses: bool = True,
+    ) -> None:
+        self.device, self.now, self.outcome = device, 0.0, Outcome()
+        self._traffic = sorted(enumerate(traffic), key=lambda pair: pair[1].arrives)
+        self._scheduler = Scheduler(plan, device.costs if costs_known else None)
+        self._refuses = refuses
+        self._numbers: dict[Job, int] = {}
+        self._texts = dict(self._traffic)
+        self._come = 0
+        self._last_ran: dict[Group, float] = {}
+
+    def run(self) -> Outcome:
+        """To the end of the traffic."""
+        while True:
+            self._admit()
+            step = self._scheduler.next_step(self.now)
+            if step is not None:
+                self._carry_out(step)
+            elif self._come < len(self._traffic):
+                self.now = self._traffic[self._come][1].arrives
+            else:
+                break
+        self.outcome.ends = self.now
+        ended = self.outcome.answered.keys() | set(self.outcome.refused)
+        self.outcome.given_up = [number for number, _ in self._traffic if number not in ended]
+        return self.outcome
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+        self.outcome.busy_s += seconds
+
+    def leaves_at(self, job: Job) -> int:
+        return self._texts[self._numbers[job]].exit_layer
+
+    def _admit(self) -> None:
+        while self._come < len(self._traffic):
+            number, text = self._traffic[self._come]
+            if text.arrives > self.now:
+                return
+            self._come += 1
+            job = self._job(number, text)
+            if self._refuses and job.deadline is not None:
+                end = text.arrives + self._scheduler.seconds_until_answered([job], self.now)
+                if end > job.deadline:
+                    self.outcome.refused.append(number)
+                    continue
+            self._scheduler.add([job], text.arrives)
+
+    def _job(self, number: int, text: Text) -> Job:
+        layers = self.device.exit_layers[-1]
+        controls = Controls(0.0, 1, layers, text.depth, deadline_s=text.deadline_s)
+        job = Job([0] * text.tokens, [], controls)
+        client = _Client(self)
+        job.waiter, job.index, job.queued_at = client, 0, text.arrives
+        job.deadline = None if text.deadline_s is None else text.arrives + text.deadline_s
+        client.due = job.deadline
+        self._numbers[job] = number
+        return job
+
+    def _carry_out(self, step: Step) -> None:
+        """As the batcher does."""
+        group, outcome = step.group, self.outcome
+        if step.opened is not None:
+            outcome.starts += [self._numbers[job] for job in group.jobs]
+            group.course = SimulatedCourse(self, group.jobs)
+        else:
+            pause = self.now - self._last_ran[group]
+            outcome.longest_pause_s = max(outcome.longest_pause_s, pause)
+        if step.joined is not None:
+            outcome.joined += 1
+            group.course.take_in(step.joined.course)
+        outcome.backlog_steps += len(self._scheduler.groups) > 1
+        left = next(group.course, None)
+        self._last_ran[group] = self.now
+        if left is None:
+            self._scheduler.close(group)
+            return
+        group.passed(left)
+        for place, _ in left.answers:
+            job = group.jobs[place]
+            number = self._numbers[job]
+            assert number not in outcome.exit_layers, "a text was answered twice"
+            if not job.abandoned:
+                outcome.answered[number] = self.now - job.queued_at
+            outcome.exit_layers[number] = left.exit_layer
+
+
+def poisson(
+    rng: random.Random,
+    rate: float,
+    count: int,
+    *,
+    classes: Sequence[tuple[float, Depth]],
+    tokens: Sequence[int],
+    deadline_s: float | None = None,
+    with_deadline: float = 1.0,
+) -> list[Text]:
+    """`count` texts that come independently of each other, `rate` a second.
+
+    `classes` are depths with their shares of the traffic, `tokens` the lengths to draw from, and
+    `with_deadline` the share of texts that have `deadline_s`.
+    """
+    shares = [share for share, _ in classes]
+    now, texts = 0.0, []
+    for _ in range(count):
+        now += rng.expovariate(rate)
+        (_, depth) = rng.choices(classes, shares)[0]
+        due = deadline_s if deadline_s is not None and rng.random() < with_deadline else None
+        texts.append(Text(now, rng.choice(tokens), depth, draw(rng, depth), due))
+    return texts
+
+
+def draw(rng: random.Random, depth: Depth) -> int:
+    """The layer at which one text of a class leaves."""
+    throw = rng.random()
+    return max(1, sum(share > throw for share in depth.inside))

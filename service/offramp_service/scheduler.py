@@ -1,0 +1,336 @@
+"""The scheduler: which texts are computed next, and together.
+
+Decisions only. It knows no tensors, threads, promises or HTTP, and no clock: whoever drives it says
+what time it is. The batcher drives it with the real clock and the real engine, the simulator
+(`service/bench/simulator.py`) with a made-up clock and a cost table.
+
+Waiting texts stand in the order of their latest start (`job_queue.py`). A batch is taken from the
+front and runs to completion before the next one starts. In backlog mode (off unless asked for, and
+only where a layer's cost has a flat part) batches stand at their exits like queues of their own,
+and a deeper one may wait for a younger one to catch up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING
+
+from offramp_service.job_queue import HORIZON_S, JobQueue, latest_start
+from offramp_service.jobs import Course, Depth, DispatchReason, Job, Left
+
+if TYPE_CHECKING:  # its package brings torch
+    from offramp_model.cost import StepTable
+
+LOOK_AHEAD = 4
+"""Batches' worth of waiting texts among which the members of one batch are looked for."""
+BACKLOG_BEGINS, BACKLOG_ENDS = 2.0, 1.0
+"""Batches' worth of waiting tokens; two figures, so that the mode does not flutter."""
+MOST_GROUPS = 8
+"""Batches under way at a time; each holds its hidden states."""
+LEAST_KNEE = 128
+"""Tokens: with a knee of a few texts, the flat part is the price of a call, not an idle device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the scheduler is told once; `layers_per_step` are those from exit to exit."""
+
+    max_batch_tokens: int
+    max_batch_texts: int
+    group_alike: bool = False  # prefer texts of one class and length, where nobody is made late
+    merge_backlog: bool = False
+    layers_per_step: float = 1.0
+
+
+@dataclass(eq=False, slots=True)
+class Group:
+    """A batch under way: texts that have run the same layers and run on together."""
+
+    jobs: list[Job]  # in the engine's order, those that left included
+    layer: int = 0
+    skipped: int = 0  # turns in which another group ran
+    inside: dict[int, Job] = field(init=False)  # those that have not left, by place
+    course: Course = field(init=False)  # filled by who computes it
+
+    def __post_init__(self) -> None:
+        self.inside = dict(enumerate(self.jobs))
+
+    @property
+    def tokens(self) -> int:
+        return sum(job.tokens for job in self.inside.values())
+
+    def passed(self, left: Left) -> None:
+        """Its texts ran to an exit: note who left there, and forget whom nobody waits for."""
+        self.layer = left.exit_layer
+        gone = {index for index, _ in left.answers}
+        self.inside = {
+            index: job
+            for index, job in self.inside.items()
+            if index not in gone and not job.abandoned
+        }
+
+    def take_in(self, other: "Group") -> None:
+        """Go on together with a group that has run as many layers."""
+        offset = len(self.jobs)
+        self.jobs += other.jobs
+        self.inside |= {offset + index: job for index, job in other.inside.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Run a group to its next exit.
+
+    `opened` says that the group is new, and what ended its forming; `joined` is another at the
+    same exit that it takes in first.
+    """
+
+    group: Group
+    opened: DispatchReason | None = None
+    joined: Group | None = None
+
+
+class Scheduler:
+    """The waiting texts and the groups under way. Not thread-safe: its owner holds a lock."""
+
+    def __init__(self, plan: Plan, costs: "StepTable | None" = None) -> None:
+        self.plan, self.queue = plan, JobQueue()
+        self.groups: list[Group] = []
+        self._free_at = 0.0  # when what was started is expected to be done
+        self._backlog = False
+        self.learn(costs)
+
+    def learn(self, costs: "StepTable | None") -> None:
+        """What layers cost from now on; None if nobody knows."""
+        self.costs = costs
+
+    @property
+    def merges(self) -> bool:
+        """Does backlog mode pay here? Only where two groups together still cost as much as one."""
+        return self.plan.merge_backlog and self.costs is not None and self.costs.knee >= LEAST_KNEE
+
+    # -- the waiting texts -------------------------------------------------------------------
+
+    def add(self, jobs: Sequence[Job], now: float) -> None:
+        """Queue the texts of one request, at the place of the most urgent."""
+        self.queue.add(jobs, self._latest_start(jobs, now))
+
+    def seconds_until_answered(self, jobs: Sequence[Job], now: float) -> float:
+        """How long the texts of a request that arrives now would take, at best: what has been
+        started, those who go before them, they themselves. 0 where costs are unknown."""
+        if self.costs is None:
+            return 0.0
+        place = self._latest_start(jobs, now)
+        running = max(0.0, self._free_at - now) if self.groups else 0.0
+        budget = self.plan.max_batch_tokens
+        return running + self.queue.seconds_before(place, jobs, self.costs, budget)
+
+    def _latest_start(self, jobs: Sequence[Job], now: float) -> float:
+        return min(latest_start(job, now, self.costs) for job in jobs)
+
+    # -- what to do next ---------------------------------------------------------------------
+
+    def next_step(self, now: float) -> Step | None:
+        """What the engine should do now; None if there is nothing to do."""
+        if empty := next((group for group in self.groups if not group.inside), None):
+            return Step(empty)  # costs nothing: it comes to its end
+        if self._in_backlog():
+            return self._choose(now)
+        if self.groups:
+            return self._join(max(self.groups, key=lambda group: group.layer))
+        return self._open(now)
+
+    def close(self, group: Group) -> None:
+        """A group is done with, one way or the other."""
+        self.groups.remove(group)
+
+    def _open(self, now: float) -> Step | None:
+        jobs, reason = self._form_batch(now)
+        if not jobs:
+            return None
+        for job in jobs:
+            job.started_at = now
+        if self.costs is not None:
+            begins = max(self._free_at, now) if self.groups else now
+            self._free_at = begins + expected_seconds(jobs, self.costs)
+        group = Group(jobs)
+        self.groups.append(group)
+        return Step(group, opened=reason)
+
+    # -- forming a batch ---------------------------------------------------------------------
+
+    def _form_batch(self, now: float) -> tuple[list[Job], DispatchReason]:
+        """As many as fit the budget, in the order of the queue or of likeness."""
+        jobs: list[Job] = []
+        room = self.plan.max_batch_tokens
+        for job in self._candidates(now):
+            if jobs and job.tokens > room:
+                return jobs, "tokens"
+            if len(jobs) == self.plan.max_batch_texts:
+                return jobs, "full"
+            self.queue.take_out(job)
+            if not job.abandoned:
+                jobs.append(job)
+                room -= job.tokens
+        return jobs, "idle"
+
+    def _candidates(self, now: float) -> list[Job]:
+        """The queue's beginning. Grouping puts texts forward that are like the first one in depth
+        and length, but not past those that would be late if they waited for another batch."""
+        plan, budget = self.plan, self.plan.max_batch_tokens
+        if not plan.group_alike or self.costs is None or self.queue.tokens <= budget:
+            return list(self.queue)
+        seen, tokens = [], 0
+        for entry in islice(iter(self.queue), LOOK_AHEAD * plan.max_batch_texts):
+            seen.append(entry)
+            tokens += entry.tokens
+            if tokens > LOOK_AHEAD * budget:
+                break
+        mean_layers = self.queue.layers / len(self.queue)
+        cannot_wait = now + 2 * mean_layers * self.costs(budget)  # this batch and the next
+        first = seen[0]
+
+        def unlike(place: int) -> tuple[float, int, int]:
+            job = seen[place]
+            if job is first or self.queue[place][0] <= cannot_wait:
+                return -1.0, 0, place
+            deeper = abs(job.controls.depth.mean - first.controls.depth.mean)
+            return deeper, abs(job.tokens - first.tokens), place
+
+        return [seen[place] for place in sorted(range(len(seen)), key=unlike)]
+
+    # -- backlog mode ------------------------------------------------------------------------
+
+    def _in_backlog(self) -> bool:
+        if not self.merges:
+            return False
+        limit = BACKLOG_ENDS if self._backlog else BACKLOG_BEGINS
+        self._backlog = self.queue.tokens > limit * self.plan.max_batch_tokens
+        return self._backlog
+
+    def _choose(self, now: float) -> Step | None:
+        """Whoever cannot wait; else the deepest that fills the device; else whom a deeper group had
+        better wait for; else the deepest. Never the shallowest because it is shallow."""
+        costs = self.costs
+        assert costs is not None  # without them there is no backlog mode
+        options = self._options(costs, now)
+        chosen = (
+            self._cannot_wait(costs, options)
+            or self._deepest_beyond_knee(costs, options)
+            or self._awaited(costs, options)
+            or options[-1]
+        )
+        for option in options:
+            if option.group is not None:
+                option.group.skipped = 0 if option is chosen else option.group.skipped + 1
+        if chosen.group is not None:
+            return self._join(chosen.group)
+        if (step := self._open(now)) is not None:
+            return step
+        return self.next_step(now)  # all that waited had been given up, and is gone now
+
+    def _options(self, costs: "StepTable", now: float) -> list["_Option"]:
+        """The queue, then the groups from the shallowest on. Never empty in backlog mode: it ends
+        when the queue is short."""
+        options = []
+        if len(self.groups) < MOST_GROUPS:
+            tokens = min(self.queue.tokens, self.plan.max_batch_tokens)
+            rows = min(len(self.queue), self.plan.max_batch_texts)
+            options.append(_Option(None, 0, tokens, rows, self.queue[0][0] - now))
+        for group in sorted(self.groups, key=lambda group: group.layer):
+            slack_s = self._slack(costs, group, now)
+            options.append(_Option(group, group.layer, group.tokens, len(group.inside), slack_s))
+        return options
+
+    def _slack(self, costs: "StepTable", group: Group, now: float) -> float:
+        """How long a group can wait before its most pressing text is late, at the depth that its
+        class goes on average. Each turn in which it was skipped takes the time of one away, so that
+        no group waits for ever."""
+        per_layer = costs(group.tokens)
+        slacks = [
+            _due(job) - now - job.controls.depth.ahead(group.layer) * per_layer
+            for job in group.inside.values()
+        ]
+        return min(slacks) - group.skipped * self._step_s(costs, group.tokens)
+
+    def _step_s(self, costs: "StepTable", tokens: float) -> float:
+        return self.plan.layers_per_step * costs(tokens)
+
+    def _cannot_wait(self, costs: "StepTable", options: Sequence["_Option"]) -> "_Option | None":
+        pressing = min(options, key=lambda option: option.slack_s)
+        others = [self._step_s(costs, one.tokens) for one in options if one is not pressing]
+        return pressing if pressing.slack_s < max(others, default=0.0) else None
+
+    def _deepest_beyond_knee(
+        self, costs: "StepTable", options: Sequence["_Option"]
+    ) -> "_Option | None":
+        full = [option for option in options if option.tokens >= costs.knee]
+        return full[-1] if full else None
+
+    def _awaited(self, costs: "StepTable", options: Sequence["_Option"]) -> "_Option | None":
+        for younger, older in pairwise(options):
+            assert older.group is not None  # only the queue is none, and it is the youngest
+            if costs.waiting_pays(
+                tokens=older.tokens,
+                rows=older.rows,
+                younger_tokens=younger.tokens,
+                younger_rows=younger.rows,
+                layers_behind=older.layer - younger.layer,
+                layers_ahead=_layers_ahead(older.group),
+                slack_s=older.slack_s,
+            ):
+                return younger
+        return None
+
+    def _join(self, group: Group) -> Step:
+        """Run it, with another that has come as far if both together still cost as one."""
+        most = 0 if self.costs is None else min(self.costs.knee, self.plan.max_batch_tokens)
+        for other in self.groups:
+            if (
+                other is not group
+                and other.layer == group.layer
+                and group.tokens + other.tokens <= most
+                and len(group.inside) + len(other.inside) <= self.plan.max_batch_texts
+            ):
+                group.take_in(other)
+                self.groups.remove(other)
+                return Step(group, joined=other)
+        return Step(group)
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """A group that could run next; `group` None is the batch that the queue would give."""
+
+    group: Group | None
+    layer: int
+    tokens: int
+    rows: int
+    slack_s: float
+
+
+def _due(job: Job) -> float:
+    return job.queued_at + HORIZON_S if job.deadline is None else job.deadline
+
+
+def _layers_ahead(group: Group) -> float:
+    """Expected further layers, on average over its texts."""
+    ahead = [job.controls.depth.ahead(group.layer) for job in group.inside.values()]
+    return sum(ahead) / len(ahead)
+
+
+def expected_seconds(jobs: Sequence[Job], costs: "StepTable") -> float:
+    """How long a batch is expected to take while it shrinks as its classes do."""
+    classes: dict[Depth, tuple[int, int]] = {}  # texts, tokens
+    for job in jobs:
+        texts, tokens = classes.get(job.controls.depth, (0, 0))
+        classes[job.controls.depth] = texts + 1, tokens + job.tokens
+    seconds = 0.0
+    for layer in range(max(len(depth.inside) for depth in classes)):
+        texts_left = tokens_left = 0.0
+        for depth, (texts, tokens) in classes.items():
+            share = depth.inside[layer] if layer < len(depth.inside) else 0.0
+            texts_left += texts * share
+            tokens_left += tokens * share
+        # With less than one text left on average, the layer runs as often as that.
+        seconds += min(1.0, texts_left) * costs(tokens_left)
+    return seconds

@@ -80,28 +80,32 @@ class StepTable:
         ]
         return free[-1]
 
+    def saved_together(self, tokens: float, other: float) -> float:
+        """Seconds of a layer that two batches save as one; about 0 where cost is linear."""
+        return self(tokens) + self(other) - self(tokens + other)
+
     def waiting_pays(
         self,
         *,
         tokens: float,
         rows: int,
         younger_tokens: float,
-        younger_rows: int,
+        others: int,
         layers_behind: float,
         layers_ahead: float,
         slack_s: float,
     ) -> bool:
         """Should a batch wait between two layers until a younger one has caught up and joins it?
 
-        Where a layer costs the same for both together, the younger batch's rows are `layers_ahead`
-        turns better off, and the older one's lose `layers_behind`. Where cost is linear in tokens
-        nothing is saved, hence only below the knee; and only if the older batch has the time.
+        Its own `rows` lose the time in which the younger one runs `layers_behind`. The `others`,
+        the younger one's rows and those still queued, all come earlier by what the two save in the
+        `layers_ahead` that they run as one. In the flat part of the table, with nobody queued, this
+        is the rule "younger rows · layers ahead > rows · layers behind"; where cost is linear
+        nothing is saved. And only if the older batch has the time.
         """
-        return (
-            tokens + younger_tokens <= self.knee
-            and younger_rows * layers_ahead > rows * layers_behind
-            and slack_s >= layers_behind * self(younger_tokens)
-        )
+        wait_s = layers_behind * self(younger_tokens)
+        gain_s = layers_ahead * self.saved_together(tokens, younger_tokens)
+        return slack_s >= wait_s and others * gain_s > rows * wait_s
 
 
 def compactions(

@@ -1,4 +1,4 @@
-"""A discrete-event simulation of the service: the real scheduler, a made-up clock, a made-up device.
+"""A discrete-event simulation of the service: the real scheduler, a made-up clock and device.
 
 `offramp_service.scheduler` decides, exactly as it does in the service; only time and the device are
 pretended. A layer takes what a cost table says, a text leaves at the layer that was drawn for it

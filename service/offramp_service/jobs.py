@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Any, Literal, Protocol
 
 ExitReason = Literal["criterion", "final", "forced"]
-DispatchReason = Literal["full", "tokens", "idle"]
-"""What ended the forming of a batch: its texts, its tokens, or an empty queue."""
+DispatchReason = Literal["full", "tokens", "deadline", "idle"]
+"""What ended the forming of a batch: its texts, its tokens, a member's deadline, or an empty
+queue."""
 
 LATE_SHARE = 0.05
 """Of a class's texts that may run deeper than what is planned for."""

@@ -27,6 +27,8 @@ BACKLOG_BEGINS, BACKLOG_ENDS = 2.0, 1.0
 """Batches' worth of waiting tokens; two figures, so that the mode does not flutter."""
 MOST_GROUPS = 8
 """Batches under way at a time; each holds its hidden states."""
+JOINING = 0.05
+"""Of a layer; two batches that save less by joining are not worth moving."""
 LEAST_KNEE = 128
 """Tokens: with a knee of a few texts, the flat part is the price of a call, not an idle device."""
 
@@ -159,19 +161,31 @@ class Scheduler:
     # -- forming a batch ---------------------------------------------------------------------
 
     def _form_batch(self, now: float) -> tuple[list[Job], DispatchReason]:
-        """As many as fit the budget, in the order of the queue or of likeness."""
+        """As many as fit the budget, in the order of the queue or of likeness; no more than let
+        every member be in time that still can."""
         jobs: list[Job] = []
-        room = self.plan.max_batch_tokens
+        tokens, limit_s = 0, float("inf")
         for job in self._candidates(now):
-            if jobs and job.tokens > room:
+            if jobs and tokens + job.tokens > self.plan.max_batch_tokens:
                 return jobs, "tokens"
             if len(jobs) == self.plan.max_batch_texts:
                 return jobs, "full"
+            with_it_s = min(limit_s, self._longest_layer(job, now))
+            if jobs and self.costs and self.costs(tokens + job.tokens) > with_it_s:
+                return jobs, "deadline"
             self.queue.take_out(job)
             if not job.abandoned:
                 jobs.append(job)
-                room -= job.tokens
+                tokens, limit_s = tokens + job.tokens, with_it_s
         return jobs, "idle"
+
+    def _longest_layer(self, job: Job, now: float) -> float:
+        """Seconds that a layer may take for a text to be in time, starting now. Whoever is late
+        even alone makes nobody else wait."""
+        if job.deadline is None or self.costs is None:
+            return float("inf")
+        layer_s = (job.deadline - now) / job.controls.depth.late
+        return layer_s if layer_s >= self.costs(job.tokens) else float("inf")
 
     def _candidates(self, now: float) -> list[Job]:
         """The queue's beginning. Grouping puts texts forward that are like the first one in depth
@@ -273,7 +287,7 @@ class Scheduler:
                 tokens=older.tokens,
                 rows=older.rows,
                 younger_tokens=younger.tokens,
-                younger_rows=younger.rows,
+                others=younger.rows + len(self.queue),
                 layers_behind=older.layer - younger.layer,
                 layers_ahead=_layers_ahead(older.group),
                 slack_s=older.slack_s,
@@ -282,19 +296,24 @@ class Scheduler:
         return None
 
     def _join(self, group: Group) -> Step:
-        """Run it, with another that has come as far if both together still cost as one."""
-        most = 0 if self.costs is None else min(self.costs.knee, self.plan.max_batch_tokens)
+        """Run it, with another that has come as far if both are cheaper as one."""
         for other in self.groups:
             if (
                 other is not group
                 and other.layer == group.layer
-                and group.tokens + other.tokens <= most
+                and group.tokens + other.tokens <= self.plan.max_batch_tokens
                 and len(group.inside) + len(other.inside) <= self.plan.max_batch_texts
+                and self._cheaper_together(group.tokens, other.tokens)
             ):
                 group.take_in(other)
                 self.groups.remove(other)
                 return Step(group, joined=other)
         return Step(group)
+
+    def _cheaper_together(self, tokens: int, other: int) -> bool:
+        costs = self.costs
+        assert costs is not None  # two groups come of backlog mode only
+        return costs.saved_together(tokens, other) > JOINING * costs(tokens + other)
 
 
 @dataclass(frozen=True, slots=True)

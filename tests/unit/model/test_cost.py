@@ -81,3 +81,23 @@ def test_what_is_not_moved_yet_is_moved_later() -> None:
 def test_shares_that_do_not_fit_are_refused(survival: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="survival must fall over the 4 exits"):
         compactions(GPU, 64, (1, 2, 3, 4), survival, **PRICE)
+
+
+def test_waiting_pays_below_the_knee_for_the_many_and_where_there_is_time() -> None:
+    pair = {"tokens": 200, "younger_tokens": 500, "slack_s": 1.0}
+    # 2 rows wait 3 layers for others, who with them save a layer's time on each of 4.
+    assert GPU.waiting_pays(**pair, rows=2, others=2, layers_behind=3, layers_ahead=4)
+    assert not GPU.waiting_pays(**pair, rows=3, others=2, layers_behind=3, layers_ahead=4)
+    assert not GPU.waiting_pays(**pair, rows=2, others=2, layers_behind=4, layers_ahead=4)
+    hurried = pair | {"slack_s": 2.9 * 17e-6}
+    assert not GPU.waiting_pays(**hurried, rows=2, others=2, layers_behind=3, layers_ahead=4)
+    # Where cost is linear nothing is saved, however many wait.
+    assert not CPU.waiting_pays(**pair, rows=1, others=10**6, layers_behind=1, layers_ahead=4)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+def test_together_is_never_dearer_where_a_layer_has_a_price_of_its_own(a: int, b: int) -> None:
+    assert GPU.saved_together(a, b) >= -1e-12
+    assert GPU.saved_together(a, b) == pytest.approx(GPU.saved_together(b, a))
+    assert GPU.saved_together(100, 200) == pytest.approx(17e-6)
+    assert CPU.saved_together(1000, 2000) == pytest.approx(0.0, abs=1e-12)

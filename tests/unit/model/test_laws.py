@@ -10,10 +10,16 @@ from hypothesis import strategies as st
 
 from offramp_model.calibration import curve, trace
 from offramp_model.encoder import PackedEncoder
-from offramp_model.layer_loop import every_exit, layer_loop, start_rows
+from offramp_model.layer_loop import (
+    LayerStack,
+    every_exit,
+    layer_loop,
+    run_to_exit,
+    start_rows,
+)
 from offramp_model.policies import POLICIES, HeadOutput, make_policy, never
 from offramp_model.recorded import RecordedExits, RecordedStack, record_exits, replay
-from offramp_model.rows import Encoding, PackedTokens, RowSettings, TokenBatch
+from offramp_model.rows import ActiveRows, Encoding, PackedTokens, RowSettings, TokenBatch
 
 EARLY = [name for name in POLICIES if name != "full_depth"]
 texts = st.lists(
@@ -62,6 +68,49 @@ def test_law_1_no_compaction_schedule_changes_an_answer(
     assert always.exit_layer.equal(other.exit_layer)
     assert always.label.equal(other.label)
     torch.testing.assert_close(always.logits, other.logits, rtol=1e-5, atol=1e-5)
+
+
+def joined_answers(
+    stack: LayerStack, encodings: list[Encoding], policy: Any, settings: RowSettings, at: int
+) -> tuple[dict[int, int], dict[int, int]]:
+    """Exit layer and label of each row when the batch's halves run alone through the first `at`
+    exits and together from there on."""
+    half = len(encodings) // 2
+    parts = []
+    for index in (torch.arange(half), torch.arange(half, len(encodings))):
+        batch = TokenBatch.pack([encodings[row] for row in index.tolist()])
+        parts.append(start_rows(stack, batch, policy, settings.at(index)))
+    layers: dict[int, int] = {}
+    labels: dict[int, int] = {}
+
+    def run(rows: ActiveRows, exit_layer: int, offset: int) -> None:
+        left = run_to_exit(stack, rows, policy, exit_layer)
+        if left is not None:
+            found = (left.row + offset).tolist()
+            assert not layers.keys() & set(found)
+            layers.update(dict.fromkeys(found, exit_layer))
+            labels.update(zip(found, left.label.tolist(), strict=True))
+
+    for exit_layer in stack.exit_layers[:at]:
+        for rows, offset in zip(parts, (0, half), strict=True):
+            run(rows, exit_layer, offset)
+    parts[0].append(parts[1], half)
+    for exit_layer in stack.exit_layers[at:]:
+        run(parts[0], exit_layer, 0)
+    return layers, labels
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(encodings=texts.filter(lambda some: len(some) > 1), seed=seeds, at=st.integers(0, 4))
+def test_law_1_batches_joined_on_the_way_keep_their_answers(
+    stack: PackedEncoder, run_loop: Any, name: str, encodings: list[Encoding], seed: int, at: int
+) -> None:
+    policy = make_policy(name)
+    settings = random_settings(len(encodings), policy, 4, seed)
+    together = run_loop(stack, encodings, policy, settings)
+    layers, labels = joined_answers(stack, encodings, policy, settings, at)
+    assert layers == dict(enumerate(together.exit_layer.tolist()))
+    assert labels == dict(enumerate(together.label.tolist()))
 
 
 @pytest.mark.parametrize("name", EARLY)

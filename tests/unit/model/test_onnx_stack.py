@@ -140,6 +140,22 @@ def test_laws_1_2_and_5(
             assert int(shuffled.label[place]) == int(plain.label[index])
 
 
+@settings(max_examples=15)
+@pytest.mark.parametrize("name", ["entropy", "patience", "vote"])
+@given(
+    encodings=laws.texts.filter(lambda some: len(some) > 1), seed=laws.seeds, at=st.integers(0, 4)
+)
+def test_batches_joined_on_the_way_keep_their_answers(
+    onnx_stack: OnnxStack, run_loop: Any, name: str, encodings: list[Encoding], seed: int, at: int
+) -> None:
+    policy = make_policy(name)
+    asked = laws.random_settings(len(encodings), policy, 4, seed)
+    together = run_loop(onnx_stack, encodings, policy, asked)
+    layers, labels = laws.joined_answers(onnx_stack, encodings, policy, asked, at)
+    assert layers == dict(enumerate(together.exit_layer.tolist()))
+    assert labels == dict(enumerate(together.label.tolist()))
+
+
 def test_nobody_left_is_no_work(onnx_stack: OnnxStack) -> None:
     hidden = onnx_stack.embed(TokenBatch.pack([Encoding([5, 6], [0, 0])]))
     hidden = hidden.keep(torch.tensor([False]))

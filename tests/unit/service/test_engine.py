@@ -123,6 +123,29 @@ def test_broken_and_abandoned_texts_ran_their_layers_too(engine: Engine) -> None
     assert ran == [(1, 3), (2, 2), (3, 1), (4, 1)]
 
 
+def test_batches_go_on_together_and_their_places_count_on(engine: Engine) -> None:
+    older, younger = [text(2, 3), text(4, 1), text(1, 2)], [text(1, 4), text(3, 2), text(4, 3)]
+    first, second = engine(older), engine(younger)
+    assert [index for index, _ in next(first).answers] == [2]
+    assert [index for index, _ in next(second).answers] == [0]
+    first.take_in(second)
+    parts = [(left.exit_layer, left.texts_run, dict(left.answers)) for left in first]
+    assert [(layer, run) for layer, run, _ in parts] == [(2, 4), (3, 3), (4, 2)]
+    assert [sorted(answers) for _, _, answers in parts] == [[0], [4], [1, 5]]
+    for layer, _, answers in parts:
+        assert all(answer.exit_layer == layer for answer in answers.values())
+
+
+def test_who_gave_up_before_joining_is_dropped_after_it(engine: Engine) -> None:
+    older, younger = [text(4)], [text(4), text(3)]
+    first, second = engine(older), engine(younger)
+    next(first)
+    next(second)
+    first.take_in(second)
+    younger[0].waiter = Client(abandoned=True)
+    assert [sorted(dict(left.answers)) for left in first] == [[], [2], [0]]
+
+
 def test_a_text_that_does_not_come_out_is_noticed(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

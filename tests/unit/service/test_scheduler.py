@@ -1,0 +1,403 @@
+"""What is computed next, and together: rules one by one, then invariants over whole simulations of
+the very code that serves."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loading import load
+from offramp_model.cost import GRID, StepTable
+from offramp_service.job_queue import HORIZON_S
+from offramp_service.jobs import Answer, Controls, Depth, Job, Left
+from offramp_service.scheduler import MOST_GROUPS, Group, Plan, Scheduler, expected_seconds
+
+sim = load("service/bench/simulator.py")
+
+LAYERS = 6
+FLAT = StepTable((16, 1024, 2048, 4096), (1e-3, 1e-3, 2e-3, 4e-3))  # knee at 1024
+LINEAR = StepTable((10, 1000), (1e-3, 0.1))  # 0.1 ms a token
+FULL = Depth.full(LAYERS)
+EARLY = Depth((1.0, 0.5, 0.25, 0.1, 0.05, 0.05))
+
+
+class _Client:
+    abandoned = False
+
+
+def text(
+    tokens: int = 32, depth: Depth = FULL, queued_at: float = 0.0, deadline: float | None = None
+) -> Job:
+    job = Job([0] * tokens, [0] * tokens, Controls(0.5, 1, LAYERS, depth))
+    job.waiter, job.index = _Client(), 0
+    job.queued_at, job.deadline = queued_at, deadline
+    return job
+
+
+def scheduler(costs: StepTable | None = None, **plan: object) -> Scheduler:
+    base = Plan(max_batch_tokens=1000, max_batch_texts=100)
+    return Scheduler(replace(base, **plan), costs)
+
+
+def add(it: Scheduler, *jobs: Job) -> None:
+    for job in jobs:
+        it.add([job], job.queued_at)
+
+
+def leave(group: Group, layer: int, *places: int) -> None:
+    """The group ran to `layer`, and these left there."""
+    answer = Answer(0, [], [], layer, 0.0, "criterion")
+    group.passed(Left(layer, len(group.inside), [(place, answer) for place in places]))
+
+
+# -- depth of a class ------------------------------------------------------------------------------
+
+
+def test_depth_is_what_calibration_rows_did_within_the_bounds() -> None:
+    counts = (50, 25, 15, 5, 0, 5)
+    assert Depth.of(counts, 1, 6).inside == pytest.approx((1.0, 0.5, 0.25, 0.1, 0.05, 0.05))
+    assert Depth.of(counts, 3, 6).inside == pytest.approx((1.0, 1.0, 1.0, 0.1, 0.05, 0.05))
+    assert Depth.of(counts, 1, 2).inside == pytest.approx((1.0, 0.5))
+    assert pytest.approx(1.95) == Depth.of(counts, 1, 6).mean
+    assert EARLY.late == 4  # 5 % go deeper
+    assert EARLY.ahead(1) == pytest.approx(0.95 / 0.5)
+    assert Depth.of((9, 1, 0, 0), 1, 4).ahead(2) == 2.0  # no row went so deep: to the end
+    assert Depth.full(4).ahead(4) == 0.0
+
+
+@given(counts=st.lists(st.integers(0, 50), min_size=4, max_size=4).filter(any), data=st.data())
+def test_mean_depth_is_the_mean_exit_layer(counts: list[int], data: st.DataObject) -> None:
+    low = data.draw(st.integers(1, 4))
+    high = data.draw(st.integers(low, 4))
+    layers = [layer for layer, count in enumerate(counts, 1) for _ in range(count)]
+    expected = sum(min(max(layer, low), high) for layer in layers) / len(layers)
+    assert Depth.of(counts, low, high).mean == pytest.approx(expected)
+
+
+def test_a_batch_is_expected_to_shrink_as_its_classes_do() -> None:
+    jobs = [text(100, EARLY) for _ in range(40)] + [text(100, Depth((1.0, 1.0)))]
+    layers = [4100, 2100, 1000, 400, 200, 200]
+    expected = sum(LINEAR(tokens) for tokens in layers)
+    assert expected_seconds(jobs, LINEAR) == pytest.approx(expected)
+    # Half a text on average runs a layer half as often.
+    assert expected_seconds([text(10, Depth((1.0, 0.5)))], FLAT) == pytest.approx(1.5e-3)
+
+
+# -- one batch after the other ---------------------------------------------------------------------
+
+
+def test_a_group_runs_to_its_end_before_the_next_is_opened() -> None:
+    it = scheduler()
+    assert it.next_step(0.0) is None
+    first, second = text(), text()
+    add(it, first)
+    step = it.next_step(1.0)
+    assert step is not None
+    assert (step.group.jobs, step.opened, first.started_at) == ([first], "idle", 1.0)
+    add(it, second)
+    again = it.next_step(2.0)
+    assert again is not None
+    assert (again.group, again.opened, again.joined) == (step.group, None, None)
+    leave(step.group, 6, 0)
+    last = it.next_step(3.0)
+    assert last is not None
+    assert last.group is step.group  # comes to its end
+    it.close(step.group)
+    following = it.next_step(4.0)
+    assert following is not None
+    assert following.group.jobs == [second]
+
+
+def test_a_batch_is_bounded_and_says_by_what() -> None:
+    it = scheduler(max_batch_tokens=100)
+    add(it, *(text(40) for _ in range(3)))
+    step = it.next_step(0.0)
+    assert step is not None
+    assert (len(step.group.jobs), step.opened) == (2, "tokens")
+    it = scheduler(max_batch_texts=2)
+    add(it, *(text() for _ in range(3)))
+    step = it.next_step(0.0)
+    assert step is not None
+    assert (len(step.group.jobs), step.opened) == (2, "full")
+
+
+def test_a_batch_is_no_larger_than_its_deadlines_allow() -> None:
+    it = scheduler(LINEAR)
+    # Six layers of 20 ms: room for 200 tokens. Whoever is late even alone has no say.
+    hopeless, pressing = text(100, deadline=0.01), text(50, deadline=0.12)
+    others = [text(50) for _ in range(5)]
+    add(it, hopeless, pressing, *others)
+    step = it.next_step(0.0)
+    assert step is not None
+    assert (step.group.jobs, step.opened) == ([hopeless, pressing, others[0]], "deadline")
+    it.close(step.group)
+    step = it.next_step(0.0)
+    assert step is not None
+    assert (step.group.jobs, step.opened) == (others[1:], "idle")
+
+
+def test_whom_nobody_waits_for_is_passed_over() -> None:
+    it = scheduler()
+    gone, stays = text(), text()
+    add(it, gone, stays)
+    gone.waiter = type("Gone", (), {"abandoned": True})()
+    step = it.next_step(0.0)
+    assert step is not None
+    assert step.group.jobs == [stays]
+    assert not it.queue
+    # And a group that everybody has left comes to its end.
+    stays.waiter = gone.waiter
+    leave(step.group, 1)
+    assert step.group.inside == {}
+    last = it.next_step(0.0)
+    assert last is not None
+    assert last.group is step.group
+
+
+def test_expected_time_counts_what_has_been_started() -> None:
+    it = scheduler(LINEAR)
+    assert it.seconds_until_answered([text(10, deadline=1.0)], 0.0) == pytest.approx(6e-3)
+    add(it, text(100))
+    it.next_step(5.0)  # 6 layers of 10 ms
+    running = it.seconds_until_answered([text(10, deadline=9.0)], 5.02)
+    assert running == pytest.approx(0.06 - 0.02 + 6e-3)
+    assert scheduler().seconds_until_answered([text(10, deadline=9.0)], 0.0) == 0.0
+
+
+# -- alike together --------------------------------------------------------------------------------
+
+
+def test_alike_texts_are_put_together_but_nobody_is_made_late() -> None:
+    it = scheduler(LINEAR, max_batch_tokens=120, group_alike=True)
+    shallow = [text(30, EARLY) for _ in range(3)]
+    deep = [text(30) for _ in range(3)]
+    # Two batches take 2 · 4 layers · 12 ms: this one, with six to go in 73 ms, could not wait.
+    pressing = text(30, deadline=0.073)
+    add(it, deep[0], shallow[0], deep[1], shallow[1], pressing, shallow[2], deep[2])
+    step = it.next_step(0.0)
+    assert step is not None
+    # It stands first, for it must start first; those that are like it follow.
+    assert step.group.jobs == [pressing, deep[0], deep[1], deep[2]]
+    it.close(step.group)
+    step = it.next_step(0.0)
+    assert step is not None
+    assert step.group.jobs == shallow
+
+
+def test_lengths_count_within_a_class() -> None:
+    it = scheduler(LINEAR, max_batch_tokens=60, group_alike=True)
+    jobs = [text(tokens) for tokens in (20, 50, 22, 48, 18)]
+    add(it, *jobs)
+    step = it.next_step(0.0)
+    assert step is not None
+    assert step.group.jobs == [jobs[0], jobs[2], jobs[4]]
+
+
+# -- backlog mode ----------------------------------------------------------------------------------
+
+
+def backlogged(**plan: object) -> Scheduler:
+    """Ten times a batch of 256 tokens is waiting, and the knee is at 1024."""
+    it = scheduler(FLAT, merge_backlog=True, max_batch_tokens=256, **plan)
+    add(it, *(text(32) for _ in range(80)))
+    return it
+
+
+def test_merging_is_on_only_where_it_pays() -> None:
+    assert backlogged().merges
+    assert not scheduler(FLAT).merges
+    assert not scheduler(LINEAR, merge_backlog=True).merges
+    assert not scheduler(None, merge_backlog=True).merges
+
+
+def test_who_has_come_as_far_goes_on_together() -> None:
+    it = backlogged()
+    groups: list[Group] = []
+    while True:
+        step = it.next_step(0.0)
+        assert step is not None
+        if step.joined is not None:
+            break
+        # Below the knee, and many more wait: the next batch comes as far, and meanwhile this waits.
+        assert step.opened == "tokens"
+        groups.append(step.group)
+        leave(step.group, 1, 0, 1, 2, 3)
+    assert len(groups) > 1
+    assert {step.group, step.joined} <= set(groups)
+    assert step.joined not in it.groups
+    # Those of the joined group keep their places, counted on.
+    assert sorted(step.group.inside) == [*range(4, 8), *range(12, 16)]
+    assert [step.group.jobs[place] for place in range(12, 16)] == step.joined.jobs[4:]
+    assert step.group.tokens == 8 * 32
+
+
+def test_nobody_waits_who_has_no_time() -> None:
+    it = backlogged()
+    first = it.next_step(0.0)
+    assert first is not None
+    leave(first.group, 1)
+    pressed = it.next_step(HORIZON_S - 5e-3)  # five layers of 1 ms are left, and as much time
+    assert pressed is not None
+    assert pressed.group is first.group
+
+
+def test_the_mode_ends_with_the_backlog_and_groups_are_few() -> None:
+    it = backlogged()
+    for _ in range(40):
+        step = it.next_step(0.0)
+        assert step is not None
+        assert len(it.groups) <= MOST_GROUPS
+        leave(step.group, step.group.layer + 1)
+        if step.group.layer == LAYERS:
+            step.group.inside.clear()
+            it.close(step.group)
+    while len(it.queue) > 4:
+        it.queue.take_out(it.queue[0][2])
+    while it.groups:
+        step = it.next_step(0.0)
+        assert step is not None
+        assert step.opened is None  # what is under way is finished first
+        assert step.group.layer == max([one.layer for one in it.groups], default=step.group.layer)
+        leave(step.group, LAYERS, *step.group.inside)
+        it.close(step.group)
+
+
+def test_a_queue_of_departed_clients_is_no_reason_to_wait() -> None:
+    it = backlogged()
+    for job in it.queue:
+        job.waiter = type("Gone", (), {"abandoned": True})()
+    assert it.next_step(0.0) is None
+    assert not it.queue
+
+
+# -- whole runs ------------------------------------------------------------------------------------
+
+TABLES = {
+    "flat": StepTable((16, 512, 1024, 4096), (1e-3, 1e-3, 2e-3, 8e-3)),
+    "steps": StepTable((16, 256, 300, 512, 600, 4096), (1e-3, 1e-3, 2e-3, 2e-3, 3e-3, 20e-3)),
+    "linear": StepTable((16, 4096), (16e-5, 4096e-5)),
+}
+PLANS = st.builds(
+    Plan,
+    max_batch_tokens=st.sampled_from([64, 256, 1024]),
+    max_batch_texts=st.sampled_from([2, 16, 64]),
+    group_alike=st.booleans(),
+    merge_backlog=st.booleans(),
+)
+WORLDS = st.fixed_dictionaries(
+    {
+        "plan": PLANS,
+        "table": st.sampled_from(sorted(TABLES)),
+        "exits": st.sampled_from([(1, 2, 3, 4, 5, 6), (2, 4, 6), (6,)]),
+        "load": st.sampled_from([0.2, 0.9, 3.0, 50.0]),
+        "seed": st.integers(0, 2**32),
+        "deadlines": st.booleans(),
+    }
+)
+MOST_TOKENS = 64
+
+
+def simulate(world: dict, count: int = 120) -> tuple:
+    costs, exits, plan = TABLES[world["table"]], world["exits"], world["plan"]
+    device = sim.Device(costs, exits, move_s=1e-5, move_token_s=1e-8)
+    full = min(plan.max_batch_tokens / 30, plan.max_batch_texts)
+    rate = world["load"] * full / (4 * costs(full * 30))  # of what full batches could do, roughly
+    traffic = sim.poisson(
+        random.Random(world["seed"]),
+        rate,
+        count,
+        classes=[(0.3, FULL), (0.5, EARLY), (0.2, Depth((1.0, 0.5)))],
+        tokens=[3, 20, 40, MOST_TOKENS],
+        deadline_s=0.05 if world["deadlines"] else None,
+        with_deadline=0.7,
+    )
+    return traffic, sim.Simulation(replace(plan), device, traffic).run()
+
+
+def exit_of(text: object, exits: tuple[int, ...]) -> int:
+    return next(one for one in exits if one >= text.exit_layer)
+
+
+@given(WORLDS)
+@settings(max_examples=150, deadline=None)
+def test_every_text_ends_once_and_where_it_would_alone(world: dict) -> None:
+    """Whatever comes beside it, whoever is joined with whom."""
+    traffic, outcome = simulate(world)
+    ends = [*outcome.answered, *outcome.refused, *outcome.given_up]
+    assert sorted(ends) == list(range(len(traffic)))
+    for number, layer in outcome.exit_layers.items():
+        assert layer == exit_of(traffic[number], world["exits"])
+    for number, took in outcome.answered.items():
+        assert took <= (traffic[number].deadline_s or float("inf"))
+    if not world["deadlines"]:
+        assert len(outcome.answered) == len(traffic)
+    assert all(traffic[number].deadline_s is not None for number in outcome.refused)
+
+
+@given(WORLDS)
+@settings(max_examples=100, deadline=None)
+def test_work_is_conserved(world: dict) -> None:
+    """Layers run are the depths of those who came out, and no more than all of it for the rest."""
+    _, outcome = simulate(world)
+    came_out = sum(outcome.exit_layers.values())
+    started = set(outcome.starts) - outcome.exit_layers.keys()
+    assert len(outcome.starts) == len(set(outcome.starts)), "a text was started twice"
+    assert came_out <= outcome.text_layers <= came_out + LAYERS * len(started)
+    if not world["deadlines"]:
+        assert outcome.text_layers == came_out
+        assert not started
+
+
+@given(WORLDS)
+@settings(max_examples=100, deadline=None)
+def test_first_come_first_served_among_equals(world: dict) -> None:
+    """Without grouping, texts of one size and class start in the order in which they came."""
+    world["plan"] = replace(world["plan"], group_alike=False)
+    traffic, outcome = simulate(world)
+    order = {number: place for place, number in enumerate(outcome.starts)}
+    classes: dict[tuple, list[int]] = {}
+    for number, one in enumerate(traffic):
+        key = (one.tokens, one.depth, one.deadline_s)
+        if number in order:
+            classes.setdefault(key, []).append(order[number])
+    assert all(places == sorted(places) for places in classes.values())
+
+
+@given(WORLDS)
+@settings(max_examples=100, deadline=None)
+def test_no_group_waits_longer_than_its_window(world: dict) -> None:
+    """A group waits at an exit only while its most pressing text has the time, or while others are
+    more pressing still: those are at most the other groups, each with its rest to run."""
+    world["deadlines"] = False
+    world["plan"] = replace(world["plan"], merge_backlog=True)
+    _, outcome = simulate(world)
+    budget = max(world["plan"].max_batch_tokens, MOST_TOKENS)
+    one_batch = LAYERS * TABLES[world["table"]](2 * budget)
+    assert outcome.longest_pause_s <= HORIZON_S + MOST_GROUPS * one_batch
+
+
+@given(WORLDS)
+@settings(max_examples=50, deadline=None)
+def test_where_cost_is_linear_merging_changes_nothing(world: dict) -> None:
+    world["table"] = "linear"
+    plain, merged = (
+        simulate(world | {"plan": replace(world["plan"], merge_backlog=on)})[1]
+        for on in (False, True)
+    )
+    assert merged == plain
+
+
+def test_merging_pays_where_batches_are_small_and_layers_flat() -> None:
+    """Batches of 32 texts on a device that is as fast for 16; a tenth more is to be had."""
+    costs = StepTable(GRID, tuple(max(17e-6, 29.9e-9 * tokens) for tokens in GRID))
+    device = sim.Device(costs, tuple(range(1, 13)), move_s=5e-6, move_token_s=1.5e-9)
+    shares = [(1 / 3, Depth(tuple(q**k for k in range(12)))) for q in (1.0, 0.83, 0.69)]
+    traffic = sim.poisson(random.Random(0), 400e3, 6000, classes=shares, tokens=[32])
+    plain, merged = (
+        sim.Simulation(Plan(1024, 32, merge_backlog=on), device, traffic).run()
+        for on in (False, True)
+    )
+    assert merged.ends < 0.93 * plain.ends
+    assert merged.joined > 10

@@ -17,7 +17,7 @@ PACKAGES := model kernels training service
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow test-gpu check lint types imports spelling format \
-        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-service results-quickstart results-sst2 results-objectives clean
+        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-service results-quickstart results-sst2 results-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -93,6 +93,10 @@ bench-kernels: $(INSTALLED) ## compaction kernels: time and bytes
 bench-gpu: $(INSTALLED) ## on a CUDA device: kernels, a layer by live tokens, the lane against transformers
 	$(BIN)/python kernels/bench/bench_kernels.py --out docs/results/kernels-gpu.json
 	$(BIN)/python model/bench/bench_gpu.py --json docs/results/gpu.json
+
+bench-scheduler: $(INSTALLED) ## simulated: throughput and p99 by load, for each way to schedule
+	$(BIN)/python service/bench/bench_scheduler.py $(wildcard $(SST2) $(SST2)-int8) --data $(SST2_DATA) \
+	  --json docs/results/scheduler.json
 
 bench-service: $(INSTALLED) ## 200 concurrent clients against the quickstart server
 	$(BIN)/python service/bench/bench_service.py $(QUICKSTART) --data training/data/snips --json docs/results/service.json

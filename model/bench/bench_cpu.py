@@ -7,8 +7,9 @@ the ratio within a round, its median over the rounds. Tokenisation and HTTP are 
     whole-int8          one int8 graph of the whole model, dynamic quantisation, norms fused as
                         onnxruntime's optimiser does; fed batches of all texts sorted by length
     whole-int8-plain    the same without the fused norms
-    torch-1             this engine in torch, float32, arrival order, exits off
-    onnx-S              float32 segments at speed-up S in layers; 1 is exits off
+    torch-S             this engine in torch, float32, at speed-up S in layers; 1 is exits off
+    bf16-S              the same in bfloat16
+    onnx-S              float32 segments
     int8-S              int8 segments
 
 Thresholds are chosen on these rows for each stack, so that the speed-up in layers is the nominal
@@ -18,13 +19,13 @@ one. With batches of one text, seconds of each text are kept: the median is the 
 import argparse
 import json
 import os
+import random
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,18 @@ import torch
 from bench_engine import Pass, Variant, engine, machine, transformers_padded
 from whole_model import WholeModel
 
-from offramp_model import Encoding, LayerStack, load_checkpoint, make_policy, never
+from offramp_model import (
+    Encoding,
+    ExitPolicy,
+    LayerStack,
+    RowSettings,
+    TokenBatch,
+    layer_loop,
+    load_checkpoint,
+    make_policy,
+    never,
+    start_rows,
+)
 from offramp_model.calibration import curve
 from offramp_model.recorded import RecordedExits, record_exits, replay
 from offramp_training.data import load_split
@@ -101,6 +113,44 @@ def flips(
         "exit_layer": float((one.exit_layer != other.exit_layer).double().mean()),
         "label": float((one.label != other.label).double().mean()),
     }
+
+
+def neighbours(
+    stack: LayerStack,
+    policy: ExitPolicy,
+    threshold: float,
+    encodings: Sequence[Encoding],
+    batches: int,
+    size: int = 32,
+) -> dict[str, float]:
+    """Shares of (text, batch) pairs with another exit layer or label than the text has alone, each
+    text in `batches` random batches."""
+    alone = [_outcomes(stack, policy, threshold, [one])[0] for one in encodings]
+    rng = random.Random(0)
+    layers = labels = pairs = 0
+    for _ in range(batches):
+        order = rng.sample(range(len(encodings)), len(encodings))
+        for start in range(0, len(order), size):
+            some = order[start : start + size]
+            found = _outcomes(stack, policy, threshold, [encodings[index] for index in some])
+            for index, (layer, label) in zip(some, found, strict=True):
+                pairs += 1
+                layers += layer != alone[index][0]
+                labels += label != alone[index][1]
+    return {"pairs": pairs, "exit_layer": layers / pairs, "label": labels / pairs}
+
+
+def _outcomes(
+    stack: LayerStack, policy: ExitPolicy, threshold: float, batch: Sequence[Encoding]
+) -> list[tuple[int, int]]:
+    """Exit layer and label of each text."""
+    settings = RowSettings.uniform(len(batch), threshold, max_layer=stack.num_layers)
+    rows = start_rows(stack, TokenBatch.pack(batch), policy, settings)
+    found = [(0, 0)] * len(batch)
+    for leavers in layer_loop(stack, rows, policy):
+        for row, label in zip(leavers.row.tolist(), leavers.label.tolist(), strict=True):
+            found[row] = leavers.exit_layer, label
+    return found
 
 
 def measure(
@@ -197,6 +247,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="of the split, from the first; default: all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-neighbours", dest="neighbours", action="store_false")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
@@ -211,6 +262,7 @@ def main() -> None:
         "onnx": load_checkpoint(arguments.onnx).onnx_stack(threads=arguments.threads),
         "int8": load_checkpoint(arguments.int8).onnx_stack(threads=arguments.threads),
         "torch": checkpoint.stack(),
+        "bf16": checkpoint.stack(dtype=torch.bfloat16),
     }
     recorded = {name: record_exits(stack, encodings) for name, stack in stacks.items()}
     chosen: dict[str, Variant] = {"transformers": transformers_padded(checkpoint)}
@@ -222,12 +274,11 @@ def main() -> None:
         for variant, (run, threshold) in with_exits(
             name, stack, recorded[name], labels, policy
         ).items():
-            if name != "torch" or variant == "torch-1":
-                chosen[variant], thresholds[variant] = run, threshold
+            chosen[variant], thresholds[variant] = run, threshold
     if arguments.only:
         chosen = {k: v for k, v in chosen.items() if k.startswith(tuple(arguments.only))}
     chosen = {
-        name: with_threads(arguments.threads if name.startswith(("tra", "tor")) else 1, run)
+        name: with_threads(arguments.threads if name.startswith(("tra", "tor", "bf")) else 1, run)
         for name, run in chosen.items()
     }
     result: dict[str, Any] = {
@@ -244,10 +295,22 @@ def main() -> None:
             .double()
             .mean()
         ),
-        "flips_int8_at_float32_thresholds": {
-            name: flips(recorded["int8"], recorded["torch"], policy, value)
-            for name, value in thresholds.items()
-            if name.startswith("onnx-") and isfinite(value)
+        "flips_at_float32_thresholds": {
+            name: {
+                place.removeprefix("torch-"): flips(
+                    recorded[name], recorded["torch"], policy, value
+                )
+                for place, value in thresholds.items()
+                if place.startswith("torch-") and isfinite(value)
+            }
+            for name in ("bf16", "onnx", "int8")
+        },
+        "flips_by_neighbours_at_2": {
+            name: neighbours(
+                stacks[name], make_policy(policy), thresholds[f"{name}-2"], encodings, count
+            )
+            for name, count in (("int8", 50), ("onnx", 5), ("bf16", 5))
+            if f"{name}-2" in thresholds and arguments.neighbours
         },
         "batches": {},
     }

@@ -101,42 +101,24 @@ def layer_loop(
     """Run `rows` through `stack`; at each exit, yield the rows that leave there (maybe none).
 
     Every row is yielded exactly once, except those that `abandoned` gives up. The loop ends as
-    soon as nobody is left. `rows` is consumed.
+    soon as nobody is left. `rows` is consumed; between two turns rows of another batch that has
+    come to the same exit may be appended to it.
     """
     for exit_layer in stack.exit_layers:
-        leavers = run_to_exit(stack, rows, policy, exit_layer, compact=compact, abandoned=abandoned)
-        if leavers is None:
+        if abandoned is not None:
+            rows.alive = rows.alive & ~abandoned(rows.row)
+        # Here, and only here, the host learns how many rows are left.
+        alive = int(rows.alive.sum())
+        if alive == 0:
             return
-        yield leavers
-
-
-def run_to_exit(
-    stack: LayerStack,
-    rows: ActiveRows,
-    policy: ExitPolicy,
-    exit_layer: int,
-    *,
-    compact: Compaction = every_exit,
-    abandoned: Abandoned | None = None,
-) -> Leavers | None:
-    """One turn of the loop: the rows that leave at the next exit; None if nobody is left to run.
-
-    For whoever has several batches under way and decides which goes on.
-    """
-    if abandoned is not None:
-        rows.alive = rows.alive & ~abandoned(rows.row)
-    # Here, and only here, the host learns how many rows are left.
-    alive = int(rows.alive.sum())
-    if alive == 0:
-        return None
-    if compact(exit_layer, alive, rows.num_rows) and alive < rows.num_rows:
-        rows.keep(rows.alive)
-    rows.hidden = stack.segment(exit_layer, rows.hidden)
-    head = stack.exit_head(exit_layer, rows.hidden)
-    decision = policy.decide(exit_layer, head, rows)
-    leaving = _leaving(decision, rows, exit_layer, is_last=exit_layer == stack.num_layers)
-    rows.alive = rows.alive & ~leaving
-    return _leavers(exit_layer, leaving, head, decision, rows, alive)
+        if compact(exit_layer, alive, rows.num_rows) and alive < rows.num_rows:
+            rows.keep(rows.alive)
+        rows.hidden = stack.segment(exit_layer, rows.hidden)
+        head = stack.exit_head(exit_layer, rows.hidden)
+        decision = policy.decide(exit_layer, head, rows)
+        leaving = _leaving(decision, rows, exit_layer, is_last=exit_layer == stack.num_layers)
+        rows.alive = rows.alive & ~leaving
+        yield _leavers(exit_layer, leaving, head, decision, rows, alive)
 
 
 def _leaving(decision: Decision, rows: ActiveRows, exit_layer: int, *, is_last: bool) -> Tensor:

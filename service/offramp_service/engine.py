@@ -1,8 +1,8 @@
 """The engine: computes a batch of texts on the device and says who leaves where.
 
-It owns the device. It runs in one thread, which is not started here, and turns the turns of
-`layer_loop` into plain answers; a text that leaves early is yielded while the rest of its batch is
-still running.
+It owns the device. It runs in one thread, which is not started here, and turns what
+`layer_loop` yields into plain answers; a text that leaves early is yielded while the rest of its
+batch is still running.
 It knows nothing about queues, futures, clients or time.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from offramp_model.cost import StepTable
-from offramp_model.layer_loop import LayerStack, Leavers, layer_loop, run_to_exit, start_rows
+from offramp_model.layer_loop import LayerStack, Leavers, layer_loop, start_rows
 from offramp_model.policies import ExitPolicy
 from offramp_model.rows import ActiveRows, Encoding, RowSettings, TokenBatch
 from offramp_service.jobs import Answer, ExitReason, Job, Left
@@ -69,24 +69,30 @@ class Engine:
         """Take a batch in; iterating it answers every job that is not abandoned, exit by exit."""
         batch = TokenBatch.pack([Encoding(job.ids, job.type_ids) for job in jobs], self._device)
         rows = start_rows(self._stack, batch, self._policy, _settings(jobs))
-        return Course(self._stack, self._policy, rows, jobs)
+        inside = list(jobs)  # grows where another batch joins
+
+        def abandoned(index: torch.Tensor) -> torch.Tensor:
+            given_up = [inside[row].abandoned for row in index.tolist()]
+            return torch.tensor(given_up, dtype=torch.bool, device=index.device)
+
+        turns = layer_loop(self._stack, rows, self._policy, abandoned=abandoned)
+        return Course(turns, rows, inside, self._stack.num_layers)
 
 
 class Course:
     """A batch on its way through the layers: each `next` runs it to an exit, and says how many ran
     to it and who leaves there.
 
-    The same turns as `layer_loop`, in the hands of whoever calls `next`, so that several batches
-    can be under way, and two that have come to the same exit can go on as one.
+    The layer loop in the hands of whoever calls `next`, so that several batches can be under way,
+    and two that have come to the same exit can go on as one.
     """
 
     def __init__(
-        self, stack: LayerStack, policy: ExitPolicy, rows: ActiveRows, jobs: Sequence[Job]
+        self, turns: Iterator[Leavers], rows: ActiveRows, jobs: list[Job], num_layers: int
     ) -> None:
-        self._stack, self._policy, self._rows = stack, policy, rows
-        self._jobs = list(jobs)
+        self._turns, self._rows, self._jobs = turns, rows, jobs
+        self._num_layers = num_layers
         self._pending = set(range(len(jobs)))
-        self._exits = iter(stack.exit_layers)
 
     def __iter__(self) -> Iterator[Left]:
         return self
@@ -99,7 +105,7 @@ class Course:
             StopIteration: nobody is left.
             RuntimeError: nobody is left, and not as many answers came out as texts went in.
         """
-        leavers = self._run_on()
+        leavers = next(self._turns, None)
         if leavers is None:
             self._check_all_out()
             raise StopIteration
@@ -118,18 +124,6 @@ class Course:
         self._rows.append(other._rows, offset)
         self._jobs += other._jobs
         self._pending |= {offset + index for index in other._pending}
-
-    def _run_on(self) -> Leavers | None:
-        exit_layer = next(self._exits, None)
-        if exit_layer is None:
-            return None
-        return run_to_exit(
-            self._stack, self._rows, self._policy, exit_layer, abandoned=self._abandoned
-        )
-
-    def _abandoned(self, index: torch.Tensor) -> torch.Tensor:
-        given_up = [self._jobs[row].abandoned for row in index.tolist()]
-        return torch.tensor(given_up, dtype=torch.bool, device=index.device)
 
     def _check_all_out(self) -> None:
         if lost := [index for index in self._pending if not self._jobs[index].abandoned]:
@@ -163,7 +157,7 @@ class Course:
         return answers
 
     def _reason(self, layer: int, *, by_policy: bool) -> ExitReason:
-        if layer == self._stack.num_layers:
+        if layer == self._num_layers:
             return "final"
         return "criterion" if by_policy else "forced"
 

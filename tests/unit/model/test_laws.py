@@ -10,16 +10,10 @@ from hypothesis import strategies as st
 
 from offramp_model.calibration import curve, trace
 from offramp_model.encoder import PackedEncoder
-from offramp_model.layer_loop import (
-    LayerStack,
-    every_exit,
-    layer_loop,
-    run_to_exit,
-    start_rows,
-)
+from offramp_model.layer_loop import LayerStack, Leavers, every_exit, layer_loop, start_rows
 from offramp_model.policies import POLICIES, HeadOutput, make_policy, never
 from offramp_model.recorded import RecordedExits, RecordedStack, record_exits, replay
-from offramp_model.rows import ActiveRows, Encoding, PackedTokens, RowSettings, TokenBatch
+from offramp_model.rows import Encoding, PackedTokens, RowSettings, TokenBatch
 
 EARLY = [name for name in POLICIES if name != "full_depth"]
 texts = st.lists(
@@ -76,27 +70,33 @@ def joined_answers(
     """Exit layer and label of each row when the batch's halves run alone through the first `at`
     exits and together from there on."""
     half = len(encodings) // 2
-    parts = []
+    rows, turns = [], []
     for index in (torch.arange(half), torch.arange(half, len(encodings))):
         batch = TokenBatch.pack([encodings[row] for row in index.tolist()])
-        parts.append(start_rows(stack, batch, policy, settings.at(index)))
+        rows.append(start_rows(stack, batch, policy, settings.at(index)))
+        turns.append(layer_loop(stack, rows[-1], policy))
     layers: dict[int, int] = {}
     labels: dict[int, int] = {}
 
-    def run(rows: ActiveRows, exit_layer: int, offset: int) -> None:
-        left = run_to_exit(stack, rows, policy, exit_layer)
-        if left is not None:
-            found = (left.row + offset).tolist()
-            assert not layers.keys() & set(found)
-            layers.update(dict.fromkeys(found, exit_layer))
-            labels.update(zip(found, left.label.tolist(), strict=True))
+    def note(left: Leavers, offset: int) -> None:
+        found = (left.row + offset).tolist()
+        assert not layers.keys() & set(found)
+        layers.update(dict.fromkeys(found, left.exit_layer))
+        labels.update(zip(found, left.label.tolist(), strict=True))
 
     for exit_layer in stack.exit_layers[:at]:
-        for rows, offset in zip(parts, (0, half), strict=True):
-            run(rows, exit_layer, offset)
-    parts[0].append(parts[1], half)
-    for exit_layer in stack.exit_layers[at:]:
-        run(parts[0], exit_layer, 0)
+        for loop, offset in zip(turns, (0, half), strict=True):
+            if (left := next(loop, None)) is not None:
+                assert left.exit_layer == exit_layer
+                note(left, offset)
+    if not layers.keys() >= set(range(half)):  # a loop that has ended takes nobody in
+        rows[0].append(rows[1], half)
+        remaining = turns[0]
+        offset = 0
+    else:
+        remaining, offset = turns[1], half
+    for left in remaining:
+        note(left, offset)
     return layers, labels
 
 

@@ -149,6 +149,6 @@ def test_who_gave_up_before_joining_is_dropped_after_it(engine: Engine) -> None:
 def test_a_text_that_does_not_come_out_is_noticed(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offramp_service.engine.run_to_exit", lambda *_, **__: None)
+    monkeypatch.setattr("offramp_service.engine.layer_loop", lambda *_, **__: iter(()))
     with pytest.raises(RuntimeError, match="2 texts went in, 2 did not come out"):
         list(engine([text(1), text(2)]))

@@ -297,11 +297,11 @@ def main() -> None:
         ),
         "flips_at_float32_thresholds": {
             name: {
-                place.removeprefix("torch-"): flips(
-                    recorded[name], recorded["torch"], policy, value
+                f"{speedup:g}": flips(
+                    recorded[name], recorded["torch"], policy, thresholds[f"torch-{speedup:g}"]
                 )
-                for place, value in thresholds.items()
-                if place.startswith("torch-") and isfinite(value)
+                for speedup in SPEEDUPS
+                if f"torch-{speedup:g}" in thresholds
             }
             for name in ("bf16", "onnx", "int8")
         },

@@ -17,6 +17,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from offramp_model import Checkpoint, Encoding
+from offramp_model.onnx_stack import exact_int8
 
 
 class WholeModel:
@@ -32,8 +33,7 @@ class WholeModel:
         options = onnxruntime.SessionOptions()
         options.use_per_session_threads = False
         options.log_severity_level = 3
-        # As for the segments: without VNNI the usual kernel's sums overflow.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        options.add_session_config_entry("session.x64quantprecision", exact_int8())
         with tempfile.TemporaryDirectory() as name:
             path = quantised(graph(checkpoint, fused_norms=fused_norms), Path(name))
             self._session = onnxruntime.InferenceSession(

@@ -1,7 +1,8 @@
 """Rows per second on a CPU: ONNX Runtime segments and the torch engine against what others run.
 
-All variants run interleaved in one process on the same tokenised texts; the figure that counts is
-the ratio within a round, its median over the rounds. Tokenisation and HTTP are not in it.
+All variants run in one process on the same tokenised texts, taking turns every few batches, so that
+a machine that is slow for a second is slow for all. What counts are ratios: of sums over these
+stretches of the median over the rounds. Tokenisation and HTTP are not in it.
 
     transformers        AutoModel in float32, arrival order, batches padded to their longest text
     whole-int8          one int8 graph of the whole model, dynamic quantisation, norms fused as
@@ -24,10 +25,11 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do
 
@@ -48,10 +50,13 @@ from offramp_model import (
     start_rows,
 )
 from offramp_model.calibration import curve
+from offramp_model.memory import keep_freed_memory
 from offramp_model.recorded import RecordedExits, record_exits, replay
 from offramp_training.data import load_split
 
 SPEEDUPS = (1.5, 2.0, 3.0)
+STRETCH = 3  # batches that a variant runs before the next one has its turn
+T = TypeVar("T")
 Batches = list[list[Encoding]]
 
 
@@ -66,23 +71,28 @@ def with_threads(count: int, run: Variant) -> Variant:
 
 
 def cut(encodings: Sequence[Encoding], size: int) -> Batches:
-    return [list(encodings[start : start + size]) for start in range(0, len(encodings), size)]
+    return cut_list(encodings, size)
 
 
-def sorted_whole(model: WholeModel, num_layers: int) -> Variant:
-    """Whole-model passes over all texts sorted by length, whatever batches they came in."""
+def cut_list(values: Sequence[T], size: int) -> list[list[T]]:
+    return [list(values[start : start + size]) for start in range(0, len(values), size)]
 
+
+def whole_graph(model: WholeModel, num_layers: int) -> Variant:
     def run(batches: Batches) -> Pass:
-        texts = [encoding for batch in batches for encoding in batch]
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        labels, size = [0] * len(texts), max(map(len, batches))
-        for start in range(0, len(order), size):
-            some = order[start : start + size]
-            for index, label in zip(some, model([texts[i] for i in some]), strict=True):
-                labels[index] = label
-        return Pass(labels, len(texts) * num_layers)
+        labels = [label for batch in batches for label in model(batch)]
+        return Pass(labels, len(labels) * num_layers)
 
     return run
+
+
+def arranged(name: str, encodings: Sequence[Encoding]) -> list[int]:
+    """The order in which a variant gets the texts: sorted by length for whole graphs, as an expert
+    would feed them, else as they come."""
+    order = list(range(len(encodings)))
+    if name.startswith("whole"):
+        order.sort(key=lambda index: len(encodings[index]))
+    return order
 
 
 def with_exits(
@@ -153,66 +163,85 @@ def _outcomes(
     return found
 
 
+@dataclass
+class Timed:
+    """A variant's seconds, [round][stretch], and its last answers, in the texts' own order."""
+
+    seconds: list[list[float]]
+    labels: list[int]
+    layers_run: int
+
+    @property
+    def typical(self) -> list[float]:
+        """Of each stretch, the median over the rounds."""
+        return [statistics.median(column) for column in zip(*self.seconds, strict=True)]
+
+
 def measure(
-    runs: dict[str, Variant], batches: Batches, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, Pass]]:
-    """Seconds of each round and, for batches of one, median seconds of a text; the last answers."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    medians: dict[str, list[float]] = {name: [] for name in runs}
-    last: dict[str, Pass] = {}
-    alone = all(len(batch) == 1 for batch in batches)
+    runs: dict[str, Variant], encodings: Sequence[Encoding], size: int, rounds: int
+) -> dict[str, Timed]:
+    """All variants over all texts, a stretch of a few batches each in turn; batches of one text are
+    stretches of their own, so that the seconds of each text are kept."""
+    stretch = 1 if size == 1 else STRETCH
+    orders = {name: arranged(name, encodings) for name in runs}
+    stretches = {
+        name: cut_list(cut([encodings[index] for index in order], size), stretch)
+        for name, order in orders.items()
+    }
+    timed = {name: Timed([], [], 0) for name in runs}
+    names = list(runs)
     for round_index in range(rounds + 1):
-        names = list(runs)
-        for name in names[round_index % len(names) :] + names[: round_index % len(names)]:
-            each: list[float] = []
-            passes: list[Pass] = []
-            for part in [[batch] for batch in batches] if alone else [batches]:
+        labels: dict[str, list[int]] = {name: [] for name in runs}
+        for one in timed.values():
+            one.layers_run = 0
+            one.seconds.append([])
+        for place in range(len(stretches[names[0]])):
+            turn = (place + round_index) % len(names)
+            for name in names[turn:] + names[:turn]:
+                batches = stretches[name][place]
+                runs[name](batches[:1])  # takes back caches and threads from the one before
                 started = time.perf_counter()
-                passes.append(runs[name](part))
-                each.append(time.perf_counter() - started)
-            last[name] = Pass(
-                [label for one in passes for label in one.labels],
-                sum(one.layers_run for one in passes),
-            )
-            if round_index:
-                seconds[name].append(sum(each))
-                medians[name].append(statistics.median(each))
+                found = runs[name](batches)
+                timed[name].seconds[-1].append(time.perf_counter() - started)
+                timed[name].layers_run += found.layers_run
+                labels[name] += found.labels
+        for name, one in timed.items():
+            one.labels = [
+                label for _, label in sorted(zip(orders[name], labels[name], strict=True))
+            ]
         print(f"round {round_index}/{rounds}", file=sys.stderr)
-    return seconds, medians, last
+    for one in timed.values():
+        del one.seconds[0]  # to warm up
+    return timed
 
 
 def report(
-    seconds: dict[str, list[float]],
-    medians: dict[str, list[float]],
-    last: dict[str, Pass],
-    truth: Sequence[int],
-    num_layers: int,
+    timed: dict[str, Timed], truth: Sequence[int], num_layers: int, size: int
 ) -> list[dict[str, Any]]:
-    def ratio(base: str, name: str, times: dict[str, list[float]]) -> float | None:
-        if base not in times:
-            return None
-        return statistics.median(b / t for b, t in zip(times[base], times[name], strict=True))
+    def ratio(base: str, name: str, of: Callable[[list[float]], float] = sum) -> float | None:
+        return of(timed[base].typical) / of(timed[name].typical) if base in timed else None
 
     table = []
-    for name, times in seconds.items():
-        layers = len(truth) * num_layers / last[name].layers_run
-        against = ratio(f"{name.partition('-')[0]}-1", name, seconds)
-        right = sum(a == b for a, b in zip(last[name].labels, truth, strict=True))
+    for name, one in timed.items():
+        layers = len(truth) * num_layers / one.layers_run
+        off = f"{name.rpartition('-')[0]}-1"
+        against = ratio(off, name)
+        right = sum(a == b for a, b in zip(one.labels, truth, strict=True))
         row: dict[str, Any] = {
             "variant": name,
-            "rows_per_second": len(truth) / statistics.median(times),
+            "rows_per_second": len(truth) / sum(one.typical),
             "speedup_in_layers": layers,
             "accuracy": right / len(truth),
-            "vs_transformers": ratio("transformers", name, seconds),
-            "vs_whole_int8": ratio("whole-int8", name, seconds),
-            "vs_whole_int8_plain": ratio("whole-int8-plain", name, seconds),
+            "vs_transformers": ratio("transformers", name),
+            "vs_whole_int8": ratio("whole-int8", name),
+            "vs_whole_int8_plain": ratio("whole-int8-plain", name),
             "vs_exits_off": against,
             "throughput_per_layer_speedup": None if against is None else against / layers,
         }
-        if medians:
-            row["median_ms"] = statistics.median(medians[name]) * 1e3
-            off = ratio(name, f"{name.partition('-')[0]}-1", medians) if against else None
-            row["latency_vs_exits_off"] = off
+        if size == 1:
+            row["median_ms"] = statistics.median(one.typical) * 1e3
+            faster = ratio(off, name, statistics.median)
+            row["latency_vs_exits_off"] = None if faster is None else 1 / faster
         table.append(row)
     return table
 
@@ -251,6 +280,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
+    keep_freed_memory()  # as the service does
     torch.set_num_threads(arguments.threads)
     checkpoint = load_checkpoint(arguments.checkpoint)
     policy = arguments.policy or checkpoint.manifest.exit_policy
@@ -269,7 +299,7 @@ def main() -> None:
     thresholds: dict[str, float] = {}
     for name, fused in (("whole-int8", True), ("whole-int8-plain", False)):
         whole = WholeModel(checkpoint, fused_norms=fused)
-        chosen[name] = sorted_whole(whole, layers)
+        chosen[name] = whole_graph(whole, layers)
     for name, stack in stacks.items():
         for variant, (run, threshold) in with_exits(
             name, stack, recorded[name], labels, policy
@@ -315,10 +345,13 @@ def main() -> None:
         "batches": {},
     }
     for size in arguments.batch_sizes:
-        seconds, medians, last = measure(chosen, cut(encodings, size), arguments.rounds)
-        table = report(seconds, medians if size == 1 else {}, last, truth, layers)
+        timed = measure(chosen, encodings, size, arguments.rounds)
+        table = report(timed, truth, layers, size)
         show(size, table)
-        result["batches"][str(size)] = {"variants": table, "seconds": seconds}
+        result["batches"][str(size)] = {
+            "variants": table,
+            "seconds": {name: [sum(one) for one in of.seconds] for name, of in timed.items()},
+        }
         result["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if arguments.json:  # after each size: a run that is cut short has its figures
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -34,6 +34,7 @@ from offramp_model.cost import StepTable, compactions
 from offramp_model.device_lane import Bucket, DeviceLane
 from offramp_model.encoder import PackedEncoder
 from offramp_model.heads import ExitHeads
+from offramp_model.lane_buckets import moving_price
 from offramp_model.policies import make_policy
 from offramp_model.rows import Encoding, RowSettings, TokenBatch
 
@@ -44,8 +45,6 @@ SHAPES = {
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2}
 VOCAB, LONGEST = 2000, 128
 SPEEDUPS = (1.0, 1.5, 2.0, 3.0)
-LAUNCH_SECONDS, COPY_BYTES_PER_SECOND = 5e-6, 2e12
-"""Price of a compaction until it is measured on the device at hand: two launches, one copy."""
 
 
 class Subject:
@@ -180,10 +179,7 @@ def bench_rows(
     generator = torch.Generator().manual_seed(rows)
     texts = draw_texts(rows, generator)
     batch = TokenBatch.pack(texts)
-    price = {
-        "launch_seconds": LAUNCH_SECONDS,
-        "seconds_per_token": 2 * subject.width * subject.dtype.itemsize / COPY_BYTES_PER_SECOND,
-    }
+    price = moving_price(subject.stack)
     variants: dict[str, Callable[[], Any]] = {"transformers": padded(subject, texts, compiled)}
     speedups, flips, moved_after = {}, {}, {}
     for speedup in SPEEDUPS:

@@ -244,9 +244,13 @@ class Checkpoint:
             raise CheckpointError(str(error)) from error
 
     def any_stack(
-        self, dtype: str | None = None, *, threads: int | None = None
+        self,
+        dtype: str | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        threads: int | None = None,
     ) -> "PackedEncoder | OnnxStack":
-        """The stack of the checkpoint's own backend, on the CPU.
+        """The stack of the checkpoint's own backend; graphs run on the CPU whatever the device.
 
         Raises:
             CheckpointError: see `stack` and `onnx_stack`; or it cannot be run in `dtype`.
@@ -260,7 +264,7 @@ class Checkpoint:
             )
         if self.backend == "onnx":
             return self.onnx_stack(threads=threads)
-        return self.stack(dtype=DTYPES[dtype])
+        return self.stack(device=device, dtype=DTYPES[dtype])
 
     def heads(self) -> ExitHeads:
         """The exit heads, with their weights."""

@@ -227,6 +227,7 @@ class PackedEncoder:
         family = family_of(backbone)
         reader = BackboneReader(source, family, backbone, device, dtype)
         self.config = config
+        self.activation = str(backbone[family.activation_key])  # its name in `config.json`
         self.heads = heads.to(device).float().eval().requires_grad_(False)
         self.embeddings = reader.embeddings()
         self.layers = [reader.layer(index) for index in range(config.num_layers)]

@@ -28,6 +28,7 @@ from prometheus_client import disable_created_metrics
 from pydantic import ValidationError
 
 from offramp_model.checkpoint import CheckpointError
+from offramp_model.memory import keep_freed_memory
 from offramp_service.app import create_app
 from offramp_service.pipeline import Pipeline
 from offramp_service.served_model import SettingsError
@@ -118,6 +119,7 @@ class Server(uvicorn.Server):
 
 
 def _prepare_process(settings: Settings) -> None:
+    keep_freed_memory()
     # PID 1 of a container ignores SIGTERM unless it is handled, and loading takes a moment.
     signal.signal(signal.SIGTERM, _exit_at_once)
     # A third of all series, and of no use to anybody here.

@@ -38,6 +38,10 @@ log = logging.getLogger(__name__)
 
 DOORS = (classify,)
 
+TYPICAL_SPEEDUP = 2.0
+"""At which the device lane expects texts to leave, unless the default is faster: how often it moves
+the survivors goes by that, never who leaves."""
+
 # A batch that still runs when everybody has been answered gets so long to end by itself.
 _JOIN_S = 1.0
 
@@ -64,8 +68,10 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
 
     def prepare() -> None:
         engine.warm_up(model.max_input_length)
-        if settings.warmup:
+        costs = _open_lane(engine, settings, model) if model.device == "cuda" else None
+        if costs is None and settings.warmup:
             costs = engine.measure(settings.max_batch_tokens, model.max_input_length)
+        if costs is not None:
             batcher.scheduler.learn(costs)
             _log_costs(costs, batcher.scheduler)
 
@@ -162,9 +168,23 @@ def _plan(settings: Settings, model: ServedModel) -> Plan:
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_texts=model.max_batch_texts,
         group_alike=settings.group_batches,
-        merge_backlog=settings.backlog_merging,
+        # A batch in the device lane runs to its end as one graph.
+        merge_backlog=settings.backlog_merging and model.device == "cpu",
         layers_per_step=model.num_layers / len(model.config.exit_layers),
     )
+
+
+def _open_lane(engine: Engine, settings: Settings, model: ServedModel) -> StepTable | None:
+    """Run batches on the device without the host in between, where the lane covers the model."""
+    try:
+        return engine.open_lane(
+            max_tokens=settings.max_batch_tokens,
+            max_rows=model.max_batch_texts,
+            survival=model.survival(max(model.default_speedup, TYPICAL_SPEEDUP)),
+        )
+    except ValueError as error:
+        log.warning("the host counts survivors at every exit: %s", error)
+        return None
 
 
 def _log_costs(costs: StepTable, scheduler: Scheduler) -> None:

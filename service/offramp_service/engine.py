@@ -12,6 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from offramp_model.cost import StepTable
+from offramp_model.device_lane import DeviceLane
+from offramp_model.encoder import PackedEncoder
+from offramp_model.lane_buckets import open_lane
 from offramp_model.layer_loop import LayerStack, Leavers, layer_loop, start_rows
 from offramp_model.policies import ExitPolicy
 from offramp_model.rows import ActiveRows, Encoding, RowSettings, TokenBatch
@@ -28,6 +31,7 @@ class Engine:
         self, stack: LayerStack, policy: ExitPolicy, *, device: str = "cpu", threads: int = 1
     ) -> None:
         self._stack, self._policy, self._device, self._threads = stack, policy, device, threads
+        self._lane: DeviceLane | None = None
 
     def warm_up(self, max_length: int) -> None:
         """First calls are slow: make them before anybody waits. Call it in the engine's thread."""
@@ -64,19 +68,44 @@ class Engine:
             time_layer, most_tokens=most_tokens, repeats=3, budget_s=MEASURING_S
         )
 
+    def open_lane(self, *, max_tokens: int, max_rows: int, survival: Sequence[float]) -> StepTable:
+        """From now on run whole batches on the device, where they fit its lane; returns what a
+        layer of it costs. See `offramp_model.lane_buckets.open_lane`; call it in the engine's
+        thread.
+
+        Raises:
+            ValueError: the lane does not cover this encoder or policy.
+        """
+        if not isinstance(self._stack, PackedEncoder):
+            raise ValueError("the device lane runs encoders in torch")
+        self._lane, costs = open_lane(
+            *(self._stack, self._policy),
+            max_tokens=max_tokens,
+            max_rows=max_rows,
+            survival=survival,
+        )
+        return costs
+
     @torch.inference_mode()
     def __call__(self, jobs: Sequence[Job]) -> "Course":
         """Take a batch in; iterating it answers every job that is not abandoned, exit by exit."""
-        batch = TokenBatch.pack([Encoding(job.ids, job.type_ids) for job in jobs], self._device)
-        rows = start_rows(self._stack, batch, self._policy, _settings(jobs))
+        encodings, asked = [Encoding(job.ids, job.type_ids) for job in jobs], _settings(jobs)
         inside = list(jobs)  # grows where another batch joins
 
         def abandoned(index: torch.Tensor) -> torch.Tensor:
             given_up = [inside[row].abandoned for row in index.tolist()]
             return torch.tensor(given_up, dtype=torch.bool, device=index.device)
 
+        depth = self._stack.num_layers
+        if self._lane is not None:
+            on_host = TokenBatch.pack(encodings)
+            if self._lane.covers(on_host):
+                turns = self._lane(on_host, asked, abandoned=abandoned)
+                return Course(turns, None, inside, depth)
+        batch = TokenBatch.pack(encodings, self._device)
+        rows = start_rows(self._stack, batch, self._policy, asked)
         turns = layer_loop(self._stack, rows, self._policy, abandoned=abandoned)
-        return Course(turns, rows, inside, self._stack.num_layers)
+        return Course(turns, rows, inside, depth)
 
 
 class Course:
@@ -84,11 +113,12 @@ class Course:
     to it and who leaves there.
 
     The layer loop in the hands of whoever calls `next`, so that several batches can be under way,
-    and two that have come to the same exit can go on as one.
+    and two that have come to the same exit can go on as one. A batch in the device lane has no
+    `rows` here and runs to its end alone.
     """
 
     def __init__(
-        self, turns: Iterator[Leavers], rows: ActiveRows, jobs: list[Job], num_layers: int
+        self, turns: Iterator[Leavers], rows: ActiveRows | None, jobs: list[Job], num_layers: int
     ) -> None:
         self._turns, self._rows, self._jobs = turns, rows, jobs
         self._num_layers = num_layers
@@ -119,7 +149,12 @@ class Course:
         """Go on together with a batch that has come to the same exit; its jobs count on from ours.
 
         Nothing may be asked of `other` any more.
+
+        Raises:
+            RuntimeError: one of them is in the device lane.
         """
+        if self._rows is None or other._rows is None:
+            raise RuntimeError("batches in the device lane cannot be joined")
         offset = len(self._jobs)
         self._rows.append(other._rows, offset)
         self._jobs += other._jobs

@@ -8,6 +8,8 @@ cannot work is refused here, by name. It knows nothing about requests.
 import logging
 from dataclasses import dataclass
 
+import torch
+
 from offramp_kernels.contract import MAX_ROWS
 from offramp_model.calibration import CalibrationTable
 from offramp_model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
@@ -55,6 +57,16 @@ class ServedModel:
     def num_layers(self) -> int:
         return self.config.num_layers
 
+    def survival(self, speedup: float) -> list[float]:
+        """Share of the texts that goes on after each exit at a speed-up, by calibration; where it
+        is not calibrated, all but after the last."""
+        exits = self.config.exit_layers
+        if self.table is None:
+            return [1.0] * (len(exits) - 1) + [0.0]
+        point = self.table.point_for(min(speedup, self.table.max_speedup))
+        rows = sum(point.exit_counts)
+        return [1 - sum(point.exit_counts[:layer]) / rows for layer in exits]
+
 
 def load_model(settings: Settings) -> ServedModel:
     """Open the checkpoint.
@@ -64,7 +76,7 @@ def load_model(settings: Settings) -> ServedModel:
         SettingsError: it is, but a setting does not fit it.
     """
     checkpoint = load_checkpoint(settings.model_id)
-    dtype = _dtype(settings, checkpoint)
+    device, dtype = _device(settings, checkpoint), _dtype(settings, checkpoint)
     policy = _policy(settings.exit_policy or checkpoint.manifest.exit_policy, checkpoint.model)
     try:
         table = checkpoint.table(policy.name, backend=checkpoint.backend, dtype=dtype)
@@ -73,7 +85,7 @@ def load_model(settings: Settings) -> ServedModel:
         table = None
     max_input_length = _max_input_length(settings, checkpoint.model.max_length)
     least, most = _speedup_range(settings, table)
-    stack = checkpoint.any_stack(dtype, threads=settings.engine_threads)
+    stack = checkpoint.any_stack(dtype, device=device, threads=settings.engine_threads)
     return ServedModel(
         name=settings.model_name,
         version=settings.model_version,
@@ -83,7 +95,7 @@ def load_model(settings: Settings) -> ServedModel:
         table=table,
         stack=stack,
         tokenizer=checkpoint.tokenizer(max_input_length),
-        device="cpu",  # what "auto" means until there is another device
+        device=device,
         backend=checkpoint.backend,
         dtype=dtype,
         # ONNX Runtime has its own threads; torch's would fight them for the cores over operations
@@ -96,6 +108,21 @@ def load_model(settings: Settings) -> ServedModel:
         max_speedup=most,
         default_speedup=_default_speedup(settings, least, most),
     )
+
+
+def _device(settings: Settings, checkpoint: Checkpoint) -> str:
+    """The configured device, or the best there is for this checkpoint's backend."""
+    is_there = torch.cuda.is_available()
+    if settings.device == "auto":
+        return "cuda" if is_there and checkpoint.backend == "torch" else "cpu"
+    if settings.device == "cuda" and checkpoint.backend != "torch":
+        raise SettingsError(
+            f"--device cuda: the graphs of {settings.model_id} run on the CPU; the checkpoint that "
+            "they were exported from runs on both"
+        )
+    if settings.device == "cuda" and not is_there:
+        raise SettingsError("--device cuda: torch sees no CUDA device; allowed here: auto, cpu")
+    return settings.device
 
 
 def _dtype(settings: Settings, checkpoint: Checkpoint) -> str:
@@ -115,7 +142,9 @@ def _dtype(settings: Settings, checkpoint: Checkpoint) -> str:
             f"--dtype {settings.dtype}: the graphs of {settings.model_id} are {checkpoint.dtype}"
         )
     if checkpoint.backend == "torch" and settings.dtype == "int8":
-        raise SettingsError("--dtype int8: backend torch has no int8; allowed: float32, bfloat16")
+        raise SettingsError(
+            "--dtype int8: backend torch has no int8; allowed: float32, bfloat16, float16"
+        )
     return checkpoint.dtype if settings.dtype == "auto" else settings.dtype
 
 

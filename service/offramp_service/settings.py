@@ -49,11 +49,12 @@ class Settings(BaseSettings):
         Field(description="what runs the model; auto: what the checkpoint is for"),
     ] = "auto"
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "int8"],
+        Literal["auto", "float32", "bfloat16", "float16", "int8"],
         Field(description="weights and compute; auto: float32, or that of the ONNX graphs"),
     ] = "auto"
     device: Annotated[
-        Literal["auto", "cpu"], Field(description="where the model runs; auto picks the best")
+        Literal["auto", "cpu", "cuda"],
+        Field(description="where the model runs; auto: a CUDA device if torch sees one"),
     ] = "auto"
     threads: Annotated[
         PositiveInt | None, Field(description="threads of the engine; default: usable cores")

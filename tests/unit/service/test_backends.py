@@ -4,10 +4,12 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from asgi_lifespan import LifespanManager
 
 from loading import load
@@ -52,6 +54,26 @@ def test_auto_is_what_the_directory_is_for(plain: Path, graphs: Path) -> None:
     assert onnx_served.table is not None
     assert (torch_served.table.backend, onnx_served.table.backend) == ("torch", "onnx")
     assert onnx_served.vocab_size == torch_served.vocab_size
+
+
+def test_a_device_that_is_not_there_is_refused(plain: Path, graphs: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert load_model(Settings(model_id=plain)).device == "cpu"
+    with pytest.raises(SettingsError, match="torch sees no CUDA device; allowed here: auto, cpu"):
+        load_model(Settings(model_id=plain, device="cuda"))
+    with pytest.raises(SettingsError, match="run on the CPU"):
+        load_model(Settings(model_id=graphs, device="cuda"))
+
+
+def test_survival_is_read_off_the_calibration(plain: Path) -> None:
+    model = load_model(Settings(model_id=plain))
+    assert model.table is not None
+    assert model.survival(1.0) == [1.0, 1.0, 1.0, 0.0]
+    shares = model.survival(1e6)
+    counts = model.table.points[-1].exit_counts
+    assert shares == [1 - sum(counts[:layer]) / sum(counts) for layer in (1, 2, 3, 4)]
+    assert replace(model, table=None).survival(2.0) == [1.0, 1.0, 1.0, 0.0]
 
 
 def test_a_table_of_another_backend_does_not_count(

@@ -1,12 +1,18 @@
 """The engine against a stack whose every exit's logits are written down by the test."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
+from loading import load
 from offramp_model.policies import HeadOutput, make_policy
 from offramp_model.rows import PackedTokens, TokenBatch
 from offramp_service.engine import Engine
 from offramp_service.jobs import Controls, Depth, Job
+
+lane_cases: Any = load("tests/unit/model/lane_cases.py")
 
 
 class ScriptedStack:
@@ -152,3 +158,35 @@ def test_a_text_that_does_not_come_out_is_noticed(
     monkeypatch.setattr("offramp_service.engine.layer_loop", lambda *_, **__: iter(()))
     with pytest.raises(RuntimeError, match="2 texts went in, 2 did not come out"):
         list(engine([text(1), text(2)]))
+
+
+def test_whole_batches_on_the_device_answer_as_the_loop_does() -> None:
+    """With the kernels' twins; texts that are too long for the lane go through the loop."""
+    stack = lane_cases.make_stack(max_length=40)
+    looped, laned = (Engine(stack, make_policy("entropy")) for _ in range(2))
+    costs = laned.open_lane(max_tokens=64, max_rows=8, survival=[0.5, 0.2, 0.0])
+    assert costs(32) > 0
+    batches = [
+        [text(5 + place, length, threshold=0.9) for place, length in enumerate(lengths)]
+        for lengths in ((3, 9, 1, 9), (2,), (30, 30, 30))  # the last fits no bucket
+    ]
+    for jobs in batches:
+        for job in jobs:
+            job.controls = replace(job.controls, max_layer=3)
+        expected, found = run(looped, jobs), run(laned, jobs)
+        assert found.keys() == expected.keys()
+        for index, answer in found.items():
+            ours = answer.exit_layer, answer.label, answer.reason
+            assert ours == (
+                *(expected[index].exit_layer, expected[index].label, expected[index].reason),
+            )
+            assert answer.logits == pytest.approx(expected[index].logits, abs=1e-4)
+    with pytest.raises(RuntimeError, match="cannot be joined"):
+        laned(batches[0]).take_in(laned(batches[1]))
+    batches[0][1].waiter = Client(abandoned=True)
+    assert run(laned, batches[0]).keys() == {0, 2, 3}
+
+
+def test_a_lane_runs_encoders_in_torch(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="in torch"):
+        engine.open_lane(max_tokens=64, max_rows=8, survival=[])

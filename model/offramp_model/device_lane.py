@@ -160,6 +160,7 @@ class DeviceLane:
                 f"they hold: {', '.join(str(one.bucket) for one in self._passes)}"
             )
         chosen.load(batch, settings.at(batch.order), self._rule)
+        chosen.give_up(batch.order, torch.ones(batch.num_rows, dtype=torch.bool), abandoned)
         chosen.start()
         yield from chosen.leavers(batch, abandoned)
 
@@ -372,7 +373,7 @@ class _Pass:
         order = batch.order.cpu()
         inside = torch.ones(rows, dtype=torch.bool)
         for place, exit_layer in enumerate(self._lane._specs):
-            self._give_up(order, inside, abandoned)
+            self.give_up(order, inside, abandoned)
             if not inside.any():
                 return
             self._wait(place, order, inside, abandoned)
@@ -394,10 +395,10 @@ class _Pass:
     def _wait(self, place: int, order: Tensor, inside: Tensor, abandoned: Abandoned | None) -> None:
         """Until the answers of this exit have landed. Reads host memory only."""
         while int(self._progress) <= place:
-            self._give_up(order, inside, abandoned)
+            self.give_up(order, inside, abandoned)
             time.sleep(POLL_SECONDS)
 
-    def _give_up(self, order: Tensor, inside: Tensor, abandoned: Abandoned | None) -> None:
+    def give_up(self, order: Tensor, inside: Tensor, abandoned: Abandoned | None) -> None:
         if abandoned is None:
             return
         index = inside.nonzero().squeeze(-1)

@@ -474,7 +474,7 @@ async def test_measured_costs_refuse_what_cannot_be_in_time(running: Running) ->
         assert cost["milliseconds"] == sorted(cost["milliseconds"])
         assert cost["knee"] in cost["tokens"]
         batcher = client.app.state.pipeline.batcher  # type: ignore[attr-defined]
-        batcher.costs = StepTable((16, 32), (10.0, 20.0))  # a very slow machine
+        batcher.scheduler.learn(StepTable((16, 32), (10.0, 20.0)))  # a very slow machine
         response = await post(client, input="w1 w2", deadline_ms=5000)
         error = response.json()["error"]
         assert (response.status_code, error["param"]) == (504, "deadline_ms")

@@ -25,6 +25,7 @@ from offramp_model.cost import StepTable
 from offramp_model.recorded import record_exits
 from offramp_service.__main__ import main
 from offramp_service.app import create_app
+from offramp_service.engine import Course
 from offramp_service.settings import Settings
 
 
@@ -480,6 +481,42 @@ async def test_measured_costs_refuse_what_cannot_be_in_time(running: Running) ->
         assert (response.status_code, error["param"]) == (504, "deadline_ms")
         assert error["message"].startswith("the answer would take ")
         assert (await post(client, input="w1 w2")).status_code == 200  # names no deadline
+
+
+async def test_batches_that_join_between_layers_answer_as_texts_alone(
+    running: Running, support: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backlog mode for real: this machine is told that a layer costs the same however full."""
+    joined = []
+    take_in = Course.take_in
+    monkeypatch.setattr(
+        Course, "take_in", lambda self, other: joined.append(1) or take_in(self, other)
+    )
+    how = {"warmup": True, "backlog_merging": True, "group_batches": True, "max_batch_tokens": 96}
+    async with running(**how) as client:
+        info = (await client.get("/info")).json()
+        assert info["backlog_merging"] == "off: it does not pay at these layer costs"
+        assert info["group_batches"] is True
+        scheduler = client.app.state.pipeline.batcher.scheduler  # type: ignore[attr-defined]
+        scheduler.learn(StepTable((16, 4096), (1e-3, 1e-3)))
+        assert (await client.get("/info")).json()["backlog_merging"] == "on"
+        questions = [
+            {"input": text, "speedup": speedup, "return_details": True}
+            for text in support.random_texts(80)
+            for speedup in (1.0, 1.5, 2.0)
+        ]
+        alone = [await post(client, **one) for one in questions]
+        assert not joined
+        together = await asyncio.gather(*(post(client, **one) for one in questions))
+        assert joined
+        for one, other in zip(alone, together, strict=True):
+            assert one.status_code == other.status_code == 200
+            ours, theirs = one.json()["data"][0], other.json()["data"][0]
+            assert ours["label"] == theirs["label"]
+            assert ours["details"]["exit_layer"] == theirs["details"]["exit_layer"]
+            assert ours["probs"] == pytest.approx(theirs["probs"], abs=1e-5)
+        values = await series(client)
+        assert sample(values, "samples_total") == 2 * len(questions)
 
 
 async def test_a_broken_model_answers_500_and_the_next_request_is_served(

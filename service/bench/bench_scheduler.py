@@ -130,7 +130,7 @@ def measured(args: argparse.Namespace, directory: Path) -> Setting:
         Depth.of(table.point_for(min(one, table.max_speedup)).exit_counts, 1, model.num_layers)
         for one in SPEEDUPS
     ]
-    rows = load_split(args.data, "validation").texts[:1000]
+    rows = load_split(args.data, "validation").inputs[:1000]
     lengths = tuple(len(one) for one in checkpoint.tokenizer().encode(rows, truncate=True))
     return Setting(
         name=directory.name,

@@ -47,6 +47,10 @@ class JobQueue:
         """Whoever stands there, from 0 on."""
         return self._entries[place]
 
+    def latest_start(self, job: Job) -> float:
+        """Of a text that waits."""
+        return self._places[job][0]
+
     def add(self, jobs: Sequence[Job], latest_start: float) -> None:
         """Texts of one request: they stand together."""
         for job in jobs:

@@ -161,40 +161,49 @@ class Scheduler:
     # -- forming a batch ---------------------------------------------------------------------
 
     def _form_batch(self, now: float) -> tuple[list[Job], DispatchReason]:
-        """As many as fit the budget, in the order of the queue or of likeness; no more than let
-        every member be in time that still can."""
+        """As many as fit the budget, in the order of the queue or of likeness; beyond what is
+        efficient, no more than let every member be in time."""
         jobs: list[Job] = []
         tokens, limit_s = 0, float("inf")
+        efficient = self.costs.efficient if self.costs else 0
         for job in self._candidates(now):
-            if jobs and tokens + job.tokens > self.plan.max_batch_tokens:
+            with_it = tokens + job.tokens
+            if jobs and with_it > self.plan.max_batch_tokens:
                 return jobs, "tokens"
             if len(jobs) == self.plan.max_batch_texts:
                 return jobs, "full"
-            with_it_s = min(limit_s, self._longest_layer(job, now))
-            if jobs and self.costs and self.costs(tokens + job.tokens) > with_it_s:
+            layer_s = min(limit_s, self._longest_layer(job, now))
+            if jobs and with_it > efficient and self.costs and self.costs(with_it) > layer_s:
                 return jobs, "deadline"
             self.queue.take_out(job)
             if not job.abandoned:
                 jobs.append(job)
-                tokens, limit_s = tokens + job.tokens, with_it_s
+                tokens, limit_s = with_it, layer_s
         return jobs, "idle"
 
     def _longest_layer(self, job: Job, now: float) -> float:
-        """Seconds that a layer may take for a text to be in time, starting now. Whoever is late
-        even alone makes nobody else wait."""
-        if job.deadline is None or self.costs is None:
+        """Seconds that a layer may take for a text to be in time, starting now."""
+        if job.deadline is None or self._hopeless(job, now):
             return float("inf")
-        layer_s = (job.deadline - now) / job.controls.depth.late
-        return layer_s if layer_s >= self.costs(job.tokens) else float("inf")
+        return (job.deadline - now) / job.controls.depth.mean
+
+    def _hopeless(self, job: Job, now: float) -> bool:
+        """It would be late even alone. Its client will be gone soon, and what it would cost is
+        better spent on those who can be in time."""
+        if job.deadline is None or self.costs is None:
+            return False
+        return now + job.controls.depth.mean * self.costs(job.tokens) > job.deadline
 
     def _candidates(self, now: float) -> list[Job]:
-        """The queue's beginning. Grouping puts texts forward that are like the first one in depth
-        and length, but not past those that would be late if they waited for another batch."""
+        """The queue's beginning, the hopeless last. Grouping puts texts forward that are like the
+        first one in depth and length, but not past those that would be late if they waited for
+        another batch."""
         plan, budget = self.plan, self.plan.max_batch_tokens
+        waiting = sorted(self.queue, key=lambda job: self._hopeless(job, now))
         if not plan.group_alike or self.costs is None or self.queue.tokens <= budget:
-            return list(self.queue)
+            return waiting
         seen, tokens = [], 0
-        for entry in islice(iter(self.queue), LOOK_AHEAD * plan.max_batch_texts):
+        for entry in islice(waiting, LOOK_AHEAD * plan.max_batch_texts):
             seen.append(entry)
             tokens += entry.tokens
             if tokens > LOOK_AHEAD * budget:
@@ -205,7 +214,7 @@ class Scheduler:
 
         def unlike(place: int) -> tuple[float, int, int]:
             job = seen[place]
-            if job is first or self.queue[place][0] <= cannot_wait:
+            if job is first or self.queue.latest_start(job) <= cannot_wait:
                 return -1.0, 0, place
             deeper = abs(job.controls.depth.mean - first.controls.depth.mean)
             return deeper, abs(job.tokens - first.tokens), place

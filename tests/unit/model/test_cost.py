@@ -83,6 +83,12 @@ def test_shares_that_do_not_fit_are_refused(survival: tuple[float, ...]) -> None
         compactions(GPU, 64, (1, 2, 3, 4), survival, **PRICE)
 
 
+def test_the_efficient_size_is_the_smallest_that_is_cheap_by_the_token() -> None:
+    assert GPU.efficient == 1024
+    assert CPU.efficient == 16
+    assert StepTable((8, 16, 64), (1.0, 1.2, 4.4)).efficient == 16
+
+
 def test_waiting_pays_below_the_knee_for_the_many_and_where_there_is_time() -> None:
     pair = {"tokens": 200, "younger_tokens": 500, "slack_s": 1.0}
     # 2 rows wait 3 layers for others, who with them save a layer's time on each of 4.

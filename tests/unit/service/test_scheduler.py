@@ -125,17 +125,29 @@ def test_a_batch_is_bounded_and_says_by_what() -> None:
 
 def test_a_batch_is_no_larger_than_its_deadlines_allow() -> None:
     it = scheduler(LINEAR)
-    # Six layers of 20 ms: room for 200 tokens. Whoever is late even alone has no say.
+    # Six layers of 20 ms: room for 200 tokens. Whoever is late even alone goes last.
     hopeless, pressing = text(100, deadline=0.01), text(50, deadline=0.12)
     others = [text(50) for _ in range(5)]
     add(it, hopeless, pressing, *others)
     step = it.next_step(0.0)
     assert step is not None
-    assert (step.group.jobs, step.opened) == ([hopeless, pressing, others[0]], "deadline")
+    assert (step.group.jobs, step.opened) == ([pressing, *others[:3]], "deadline")
     it.close(step.group)
     step = it.next_step(0.0)
     assert step is not None
-    assert (step.group.jobs, step.opened) == (others[1:], "idle")
+    assert (step.group.jobs, step.opened) == ([*others[3:], hopeless], "idle")
+
+
+def test_no_deadline_makes_a_batch_smaller_than_is_efficient() -> None:
+    # Up to 64 tokens a layer costs the same: smaller batches would only make everybody late.
+    costs = StepTable((16, 64, 1024), (1e-3, 1e-3, 16e-3))
+    assert costs.efficient == 64
+    it = scheduler(costs)
+    pressing, others = text(16, deadline=6.1e-3), [text(16) for _ in range(9)]
+    add(it, pressing, *others)
+    step = it.next_step(0.0)
+    assert step is not None
+    assert (step.group.jobs, step.opened) == ([pressing, *others[:3]], "deadline")
 
 
 def test_whom_nobody_waits_for_is_passed_over() -> None:
@@ -353,14 +365,15 @@ def test_work_is_conserved(world: dict) -> None:
 @given(WORLDS)
 @settings(max_examples=100, deadline=None)
 def test_first_come_first_served_among_equals(world: dict) -> None:
-    """Without grouping, texts of one size and class start in the order in which they came."""
+    """Without grouping, texts of one size and class start in the order in which they came. With
+    deadlines whoever is too late is passed over, so this is of those without."""
     world["plan"] = replace(world["plan"], group_alike=False)
     traffic, outcome = simulate(world)
     order = {number: place for place, number in enumerate(outcome.starts)}
     classes: dict[tuple, list[int]] = {}
     for number, one in enumerate(traffic):
-        key = (one.tokens, one.depth, one.deadline_s)
-        if number in order:
+        key = (one.tokens, one.depth)
+        if number in order and one.deadline_s is None:
             classes.setdefault(key, []).append(order[number])
     assert all(places == sorted(places) for places in classes.values())
 

@@ -304,10 +304,12 @@ def test_shares_together_have_the_gradients_of_the_batch(
             for name, value in other.items():
                 torch.testing.assert_close(one[name], value, atol=5e-6, rtol=1e-4)
     if options["name"] == "l2w":
-        for copied in copies:
-            theirs, ours = copied[0].state_dict()["network"], stages[0].state_dict()["network"]
-            for name, value in ours.items():
-                torch.testing.assert_close(theirs[name], value, atol=0, rtol=0)
+        alone, first, *others = (one[0].state_dict()["network"] for one in (stages, *copies))
+        for name, value in first.items():
+            # Products of other sizes round otherwise, and Adam steps by the sign of what is tiny.
+            torch.testing.assert_close(value, alone[name], atol=1e-4, rtol=1e-4)
+            for other in others:  # but all processes have the same network, to the bit
+                torch.testing.assert_close(other[name], value, atol=0, rtol=0)
 
 
 def test_the_main_process_runs_the_teacher_for_all(

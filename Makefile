@@ -35,7 +35,7 @@ serve: $(INSTALLED) $(QUICKSTART)/offramp.json ## answer HTTP requests on port 3
 	$(BIN)/offramp-serve --model-id $(QUICKSTART) --served-model-name snips --port $(PORT)
 
 test: $(INSTALLED) ## the whole test suite on CPU, slow tests left out
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: $(INSTALLED) ## the tests that take minutes: the quickstart as a newcomer types it
 	$(BIN)/python -m pytest -m slow

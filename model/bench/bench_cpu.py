@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do
 
+import matplotlib as mpl
 import torch
 from bench_engine import Pass, Variant, engine, machine, transformers_padded
 from whole_model import WholeModel
@@ -263,6 +264,39 @@ def show(size: int, table: list[dict[str, Any]]) -> None:
         )
 
 
+COLOURS = {"torch": "#5f6368", "bf16": "#009E73", "onnx": "#0072B2", "int8": "#D55E00"}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Throughput against transformers by speed-up in layers, one sheet for each batch size."""
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = result["batches"]
+    figure, axes = plt.subplots(1, len(sizes), figsize=(5.2 * len(sizes), 4), squeeze=False)
+    for axis, (size, found) in zip(axes[0], sizes.items(), strict=True):
+        rows = {one["variant"]: one for one in found["variants"]}
+        for stack, colour in COLOURS.items():
+            line = [one for name, one in rows.items() if name.rpartition("-")[0] == stack]
+            if not line:
+                continue
+            speedups = [one["speedup_in_layers"] for one in line]
+            ratios = [one["vs_transformers"] for one in line]
+            axis.plot(speedups, ratios, color=colour, marker="o", markersize=4, label=stack)
+            ideal = [ratios[0] * speedup for speedup in speedups]
+            axis.plot(speedups, ideal, color=colour, linewidth=0.7, linestyle=":")
+        whole = rows["whole-int8"]["vs_transformers"]
+        axis.axhline(whole, color="black", linewidth=0.8, linestyle="--", label="whole-model int8")
+        axis.set(title=f"batches of {size}", xlabel="speed-up in layers")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("throughput, transformers = 1")
+    axes[0][0].legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
@@ -355,6 +389,8 @@ def main() -> None:
         result["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if arguments.json:  # after each size: a run that is cut short has its figures
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+            if size > 1:
+                draw(result, arguments.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

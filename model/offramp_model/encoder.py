@@ -35,6 +35,11 @@ from offramp_model.rows import PackedTokens, TokenBatch
 TensorSource = Callable[[str], Tensor]
 """Name in `model.safetensors` → tensor; raises KeyError with the name if it is missing."""
 
+TOKEN_STEP = 16
+"""Half precision on a CPU goes through oneDNN, which prepares a primitive for every number of
+tokens that it meets and keeps a thousand: compaction makes new numbers all the time. So they are
+rounded up there (`docs/results/engine.md`); nobody looks at the rows without a text."""
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
@@ -231,6 +236,8 @@ class PackedEncoder:
         self.heads = heads.to(device).float().eval().requires_grad_(False)
         self.embeddings = reader.embeddings()
         self.layers = [reader.layer(index) for index in range(config.num_layers)]
+        words = self.embeddings.words
+        self._rounds_up = words.device.type == "cpu" and words.dtype != torch.float32
 
     @property
     def num_layers(self) -> int:
@@ -261,9 +268,12 @@ class PackedEncoder:
 
     @torch.inference_mode()
     def segment(self, exit_layer: int, hidden: PackedTokens) -> PackedTokens:
+        tokens = len(hidden.values)
+        if self._rounds_up and tokens % TOKEN_STEP:
+            hidden = hidden.replace(F.pad(hidden.values, (0, 0, 0, -tokens % TOKEN_STEP)))
         for layer_index in self.config.segment(exit_layer):
             hidden = self.layers[layer_index](hidden)
-        return hidden
+        return hidden.replace(hidden.values[:tokens])
 
     @torch.inference_mode()
     def exit_head(self, exit_layer: int, hidden: PackedTokens) -> HeadOutput:

@@ -125,7 +125,7 @@ def measured(args: argparse.Namespace, directory: Path) -> Setting:
     table = checkpoint.table(policy.name, backend=checkpoint.backend, dtype=checkpoint.dtype)
     engine = Engine(stack, policy, threads=threads if checkpoint.backend == "torch" else 1)
     engine.warm_up(model.max_length)
-    costs = engine.measure(args.max_batch_tokens, model.max_length)
+    costs = engine.measure(args.max_batch_tokens, model.max_length, repeats=9, budget_s=20)
     depths = [
         Depth.of(table.point_for(min(one, table.max_speedup)).exit_counts, 1, model.num_layers)
         for one in SPEEDUPS

@@ -47,10 +47,17 @@ class Engine:
                     pass
 
     @torch.inference_mode()
-    def measure(self, most_tokens: int, max_length: int) -> StepTable:
+    def measure(
+        self,
+        most_tokens: int,
+        max_length: int,
+        *,
+        repeats: int = 3,
+        budget_s: float = MEASURING_S,
+    ) -> StepTable:
         """What a layer costs by the tokens of a batch: whole passes without early exits, with their
-        embedding and heads, over their depth. Takes about a second. Call it when warm, in the
-        engine's thread."""
+        embedding and heads, over their depth. Takes about `budget_s` seconds. Call it when warm, in
+        the engine's thread."""
         depth, length = self._stack.num_layers, min(MEASURED_LENGTH, max_length)
 
         def time_layer(tokens: int) -> float:
@@ -65,7 +72,7 @@ class Engine:
             return (time.perf_counter() - started) / depth
 
         return StepTable.measured(
-            time_layer, most_tokens=most_tokens, repeats=3, budget_s=MEASURING_S
+            time_layer, most_tokens=most_tokens, repeats=repeats, budget_s=budget_s
         )
 
     def open_lane(self, *, max_tokens: int, max_rows: int, survival: Sequence[float]) -> StepTable:

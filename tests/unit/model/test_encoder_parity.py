@@ -50,7 +50,9 @@ def random_encodings(vocab: int, lengths: list[int], *, with_types: bool) -> lis
     return encodings
 
 
-def build(model: Any, num_layers: int, width: int) -> PackedEncoder:
+def build(
+    model: Any, num_layers: int, width: int, dtype: torch.dtype = torch.float32
+) -> PackedEncoder:
     config = MultiExitConfig(
         num_layers=num_layers,
         hidden_size=width,
@@ -59,7 +61,9 @@ def build(model: Any, num_layers: int, width: int) -> PackedEncoder:
         max_length=60,
     )
     state = model.state_dict()
-    return PackedEncoder(model.config.to_dict(), state.__getitem__, ExitHeads(config), config)
+    return PackedEncoder(
+        model.config.to_dict(), state.__getitem__, ExitHeads(config), config, dtype=dtype
+    )
 
 
 def padded_inputs(model: Any, encodings: list[Encoding], *, with_types: bool) -> dict[str, Tensor]:
@@ -157,3 +161,29 @@ def test_a_backbone_of_another_depth_is_refused() -> None:
 def build_from(backbone: dict[str, Any]) -> PackedEncoder:
     config = MultiExitConfig(num_layers=2, hidden_size=8, exit_layers=(2,), labels=("a", "b"))
     return PackedEncoder(backbone, {}.__getitem__, ExitHeads(config), config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [[1], [5], [9, 7], [5, 17, 1, 5], [16], [3, 30]])
+def test_half_precision_agrees_whatever_the_number_of_tokens(
+    lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are rounded up there: what fills them up must neither show nor spread."""
+    empty_like = torch.empty_like
+
+    def poisoned(*arguments: Any, **options: Any) -> Tensor:
+        made = empty_like(*arguments, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr("offramp_model.encoder.torch.empty_like", poisoned)
+    torch.manual_seed(0)
+    model = transformers.BertModel(CONFIGS["bert"]()).eval()
+    exact, half = build(model, 3, 48), build(model, 3, 48, dtype)
+    batch = TokenBatch.pack(random_encodings(97, lengths, with_types=False))
+    ours, theirs = half.embed(batch), exact.embed(batch)
+    for layer in (1, 2, 3):
+        ours, theirs = half.segment(layer, ours), exact.segment(layer, theirs)
+        assert ours.values.shape == theirs.values.shape == (sum(lengths), 48)
+        assert ours.values.dtype == dtype
+        error = (ours.values.float() - theirs.values).norm() / theirs.values.norm()
+        assert error < (2e-2 if dtype == torch.bfloat16 else 2e-3)

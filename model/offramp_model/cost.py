@@ -5,8 +5,10 @@ the *knee*) and then grows in steps. Knows nothing about devices, rows or how it
 """
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
 from typing import Self
 
@@ -64,12 +66,15 @@ class StepTable:
         """Seconds of a layer. Past the last point it goes on as between the last two."""
         if tokens <= 0:
             return 0.0
-        if tokens > self.tokens[-1] and len(self.tokens) > 1:
-            (x0, x1), (y0, y1) = self.tokens[-2:], self.seconds[-2:]
-            return y1 + (tokens - x1) * (y1 - y0) / (x1 - x0)
-        return float(np.interp(tokens, self.tokens, self.seconds))
+        right = bisect_left(self.tokens, tokens)
+        if right == 0 or len(self.tokens) == 1:
+            return self.seconds[0]
+        right = min(right, len(self.tokens) - 1)
+        x0, x1 = self.tokens[right - 1 : right + 1]
+        y0, y1 = self.seconds[right - 1 : right + 1]
+        return y0 + (tokens - x0) * (y1 - y0) / (x1 - x0)
 
-    @property
+    @cached_property
     def knee(self) -> int:
         """The most tokens that take no longer than a few (15 % at most): below it dropping rows
         saves no time."""
@@ -80,7 +85,7 @@ class StepTable:
         ]
         return free[-1]
 
-    @property
+    @cached_property
     def efficient(self) -> int:
         """The fewest tokens that cost nearly as little each (15 % more at most) as any number."""
         each = [s / count for s, count in zip(self.seconds, self.tokens, strict=True)]

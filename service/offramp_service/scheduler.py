@@ -10,7 +10,7 @@ only where a layer's cost has a flat part) batches stand at their exits like que
 and a deeper one may wait for a younger one to catch up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING
@@ -194,18 +194,29 @@ class Scheduler:
             return False
         return now + job.controls.depth.mean * self.costs(job.tokens) > job.deadline
 
-    def _candidates(self, now: float) -> list[Job]:
+    def _in_time_first(self, now: float) -> Iterator[Job]:
+        """All that wait; texts may be taken out meanwhile."""
+        hopeless = []
+        for job in list(self.queue):
+            if self._hopeless(job, now):
+                hopeless.append(job)
+            else:
+                yield job
+        yield from hopeless
+
+    def _candidates(self, now: float) -> Iterable[Job]:
         """The queue's beginning, the hopeless last. Grouping puts texts forward that are like the
         first one in depth and length, but not past those that would be late if they waited for
         another batch."""
         plan, budget = self.plan, self.plan.max_batch_tokens
-        waiting = sorted(self.queue, key=lambda job: self._hopeless(job, now))
+        waiting = self._in_time_first(now)
         if not plan.group_alike or self.costs is None or self.queue.tokens <= budget:
             return waiting
-        seen, tokens = [], 0
-        for entry in islice(waiting, LOOK_AHEAD * plan.max_batch_texts):
-            seen.append(entry)
-            tokens += entry.tokens
+        seen: list[Job] = []
+        tokens = 0
+        for job in islice(waiting, LOOK_AHEAD * plan.max_batch_texts):
+            seen.append(job)
+            tokens += job.tokens
             if tokens > LOOK_AHEAD * budget:
                 break
         mean_layers = self.queue.layers / len(self.queue)

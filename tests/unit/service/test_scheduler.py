@@ -125,8 +125,8 @@ def test_a_batch_is_bounded_and_says_by_what() -> None:
 
 def test_a_batch_is_no_larger_than_its_deadlines_allow() -> None:
     it = scheduler(LINEAR)
-    # Six layers of 20 ms: room for 200 tokens. Whoever is late even alone goes last.
-    hopeless, pressing = text(100, deadline=0.01), text(50, deadline=0.12)
+    # Six layers of just over 20 ms: room for 200 tokens. Whoever is late even alone goes last.
+    hopeless, pressing = text(100, deadline=0.01), text(50, deadline=0.121)
     others = [text(50) for _ in range(5)]
     add(it, hopeless, pressing, *others)
     step = it.next_step(0.0)

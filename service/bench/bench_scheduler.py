@@ -248,6 +248,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         tail.set(ylabel="p99, ms", xlabel="texts arriving a second", yscale="log")
         for one in (throughput, tail):
             one.grid(alpha=0.3)
+            one.xaxis.set_major_formatter(EngFormatter(sep=""))
             one.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(fontsize=8, frameon=False)
     figure.tight_layout()

@@ -230,6 +230,7 @@ def describe(setting: Setting) -> dict[str, Any]:
 def draw(report: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     names = [one["name"] for one in report["settings"]]
     figure, axes = plt.subplots(len(names), 2, figsize=(11, 3.2 * len(names)), squeeze=False)

@@ -47,6 +47,7 @@ from offramp_model import (
     layer_loop,
     load_checkpoint,
     make_policy,
+    make_supported_policy,
     never,
     start_rows,
 )
@@ -97,10 +98,10 @@ def arranged(name: str, encodings: Sequence[Encoding]) -> list[int]:
 
 
 def with_exits(
-    name: str, stack: LayerStack, recorded: RecordedExits, truth: torch.Tensor, policy_name: str
+    name: str, stack: LayerStack, recorded: RecordedExits, truth: torch.Tensor, policy: ExitPolicy
 ) -> dict[str, tuple[Variant, float]]:
     """`name-S` → what runs it, and its threshold."""
-    full, policy = make_policy("full_depth"), make_policy(policy_name)
+    full = make_policy("full_depth")
     found: dict[str, tuple[Variant, float]] = {
         f"{name}-1": (engine(stack, full, never(full)), never(full))
     }  # type: ignore[arg-type]
@@ -114,10 +115,9 @@ def with_exits(
 
 
 def flips(
-    ours: RecordedExits, theirs: RecordedExits, policy_name: str, threshold: float
+    ours: RecordedExits, theirs: RecordedExits, policy: ExitPolicy, threshold: float
 ) -> dict[str, float]:
     """Shares of rows that leave elsewhere, or with another label, at one threshold."""
-    policy = make_policy(policy_name)
     one, other = replay(ours, policy, threshold), replay(theirs, policy, threshold)
     return {
         "threshold": threshold,
@@ -317,7 +317,8 @@ def main() -> None:
     keep_freed_memory()  # as the service does
     torch.set_num_threads(arguments.threads)
     checkpoint = load_checkpoint(arguments.checkpoint)
-    policy = arguments.policy or checkpoint.manifest.exit_policy
+    chosen_policy = arguments.policy or checkpoint.manifest.exit_policy
+    policy = make_supported_policy(chosen_policy, checkpoint.model)
     dataset = load_split(arguments.data, arguments.split)
     encodings = checkpoint.tokenizer().encode(dataset.inputs)[: arguments.rows]
     truth = list(dataset.labels)[: arguments.rows]
@@ -350,7 +351,7 @@ def main() -> None:
         "machine": machine() | {name: version(name) for name in ("onnx", "onnxruntime")},
         "rows": len(truth),
         "rounds": arguments.rounds,
-        "policy": policy,
+        "policy": policy.name,
         "thresholds": {
             name: value for name, value in thresholds.items() if abs(value) != float("inf")
         },
@@ -370,9 +371,7 @@ def main() -> None:
             for name in ("bf16", "onnx", "int8")
         },
         "flips_by_neighbours_at_2": {
-            name: neighbours(
-                stacks[name], make_policy(policy), thresholds[f"{name}-2"], encodings, count
-            )
+            name: neighbours(stacks[name], policy, thresholds[f"{name}-2"], encodings, count)
             for name, count in (("int8", 50), ("onnx", 5), ("bf16", 5))
             if f"{name}-2" in thresholds and arguments.neighbours
         },

@@ -33,6 +33,7 @@ from offramp_model import (
     layer_loop,
     load_checkpoint,
     make_policy,
+    make_supported_policy,
     never,
     start_rows,
 )
@@ -187,7 +188,9 @@ def main() -> None:
     checkpoint = load_checkpoint(arguments.checkpoint)
     stack, policy = (
         checkpoint.stack(),
-        make_policy(arguments.policy or checkpoint.manifest.exit_policy),
+        make_supported_policy(
+            arguments.policy or checkpoint.manifest.exit_policy, checkpoint.model
+        ),
     )
     rows = load_split(arguments.data, arguments.split)
     truth = rows.labels

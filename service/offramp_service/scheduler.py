@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # its package brings torch
 LOOK_AHEAD = 4
 """Batches' worth of waiting texts among which the members of one batch are looked for."""
 BACKLOG_BEGINS, BACKLOG_ENDS = 2.0, 1.0
-"""Batches' worth of waiting tokens; two figures, so that the mode does not flutter."""
+"""Batches' worth of waiting texts; two figures, so that the mode does not flutter."""
 MOST_GROUPS = 8
 """Batches under way at a time; each holds its hidden states."""
 JOINING = 0.05
@@ -237,8 +237,9 @@ class Scheduler:
     def _in_backlog(self) -> bool:
         if not self.merges:
             return False
-        limit = BACKLOG_ENDS if self._backlog else BACKLOG_BEGINS
-        self._backlog = self.queue.tokens > limit * self.plan.max_batch_tokens
+        plan, queue = self.plan, self.queue
+        waiting = max(queue.tokens / plan.max_batch_tokens, len(queue) / plan.max_batch_texts)
+        self._backlog = waiting > (BACKLOG_ENDS if self._backlog else BACKLOG_BEGINS)
         return self._backlog
 
     def _choose(self, now: float) -> Step | None:

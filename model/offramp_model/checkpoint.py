@@ -209,12 +209,14 @@ class Checkpoint:
         self._check_sizes(stack.vocab_size, stack.max_positions)
         return stack
 
-    def onnx_stack(self, *, threads: int | None = None) -> "OnnxStack":
+    def onnx_stack(
+        self, *, threads: int | None = None, device: Literal["cpu", "cuda"] = "cpu"
+    ) -> "OnnxStack":
         """Open the graphs as a `LayerStack` in ONNX Runtime.
 
         Raises:
-            CheckpointError: it has no graphs, or some that cannot be run; or onnxruntime is not
-                installed.
+            CheckpointError: it has no graphs, or some that cannot be run, or not on this device; or
+                onnxruntime is not installed.
         """
         graphs = self.manifest.graphs
         if graphs is None:
@@ -234,6 +236,7 @@ class Checkpoint:
                 vocab_size=graphs.vocab_size,
                 max_positions=graphs.max_positions,
                 threads=threads,
+                device=device,
             )
         except ImportError as error:
             raise CheckpointError(
@@ -247,10 +250,10 @@ class Checkpoint:
         self,
         dtype: str | None = None,
         *,
-        device: torch.device | str = "cpu",
+        device: Literal["cpu", "cuda"] = "cpu",
         threads: int | None = None,
     ) -> "PackedEncoder | OnnxStack":
-        """The stack of the checkpoint's own backend; graphs run on the CPU whatever the device.
+        """The stack of the checkpoint's own backend.
 
         Raises:
             CheckpointError: see `stack` and `onnx_stack`; or it cannot be run in `dtype`.
@@ -263,7 +266,7 @@ class Checkpoint:
                 f"{', '.join(allowed)}"
             )
         if self.backend == "onnx":
-            return self.onnx_stack(threads=threads)
+            return self.onnx_stack(threads=threads, device=device)
         return self.stack(device=device, dtype=DTYPES[dtype])
 
     def heads(self) -> ExitHeads:

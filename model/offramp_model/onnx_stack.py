@@ -31,6 +31,13 @@ log = logging.getLogger(__name__)
 Graph = Path | bytes
 """An ONNX file, or what would be in it."""
 
+Device = Literal["cpu", "cuda"]
+CUDA = "CUDAExecutionProvider"
+_PROVIDERS: dict[Device, list[str]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": [CUDA, "CPUExecutionProvider"],  # what the first does not know, the second runs
+}
+
 _lock = Lock()
 _pool_threads: int | None = None
 
@@ -47,6 +54,8 @@ class OnnxStack:
         max_positions: longest text, in tokens with specials, that the position table allows.
         threads: of the pool that all stacks of a process share; the first one decides. Default:
             torch's number.
+        device: "cuda" runs what onnxruntime can on its CUDA provider; hidden states come back to
+            the host at every exit.
 
     Raises:
         ImportError: onnxruntime is not installed.
@@ -63,12 +72,15 @@ class OnnxStack:
         vocab_size: int,
         max_positions: int,
         threads: int | None = None,
+        device: Device = "cpu",
     ) -> None:
         self._config = config
         self._heads = heads.float().eval().requires_grad_(False)
-        self._embeddings = make_session(embeddings, threads)
+        self._embeddings = make_session(embeddings, threads, device)
         self._inputs = [one.name for one in self._embeddings.get_inputs()]
-        self._segments = {layer: make_session(graph, threads) for layer, graph in segments.items()}
+        self._segments = {
+            layer: make_session(graph, threads, device) for layer, graph in segments.items()
+        }
         self.vocab_size, self.max_positions = vocab_size, max_positions
 
     @property
@@ -117,13 +129,18 @@ def run_segment(
     return [np.concatenate(same) for same in zip(*parts, strict=True)]
 
 
-def make_session(graph: Graph, threads: int | None = None) -> Any:
-    """A session in the shared pool, which the first one makes; `threads` as for `OnnxStack`.
+def make_session(graph: Graph, threads: int | None = None, device: Device = "cpu") -> Any:
+    """A session in the shared pool, which the first one makes; `threads` and `device` as for
+    `OnnxStack`.
 
     Raises:
-        ValueError: onnxruntime cannot run the graph.
+        ValueError: onnxruntime cannot run the graph, or not on this device.
     """
     import onnxruntime
+
+    if device == "cuda" and not has_cuda():
+        there = ", ".join(onnxruntime.get_available_providers())
+        raise ValueError(f"this onnxruntime has no {CUDA}; it has: {there}")
 
     _start_pool(threads or torch.get_num_threads())
     options = onnxruntime.SessionOptions()
@@ -133,11 +150,18 @@ def make_session(graph: Graph, threads: int | None = None) -> Any:
     options.log_severity_level = 3  # a failing call raises; it need not also print
     try:
         return onnxruntime.InferenceSession(
-            graph, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            graph, options, providers=_PROVIDERS[device], enable_fallback=0
         )
     except Exception as error:  # onnxruntime's errors have no base of their own
         where = graph if isinstance(graph, Path) else "the graph"
         raise ValueError(f"{where}: onnxruntime cannot run it: {error}") from error
+
+
+def has_cuda() -> bool:
+    """Can the installed onnxruntime run on a CUDA device?"""
+    import onnxruntime
+
+    return CUDA in onnxruntime.get_available_providers()
 
 
 def exact_int8() -> Literal["0", "1"]:

@@ -60,7 +60,9 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
         num_layers=model.num_layers,
         routes=[path for one in DOORS for path in one.PATHS],
     )
-    engine = Engine(model.stack, model.policy, device=model.device, threads=model.torch_threads)
+    engine = Engine(
+        model.stack, model.policy, device=model.tensor_device, threads=model.torch_threads
+    )
     limits = Limits(settings.max_concurrent_requests, settings.max_queued_tokens)
     batcher = Batcher(engine, Scheduler(_plan(settings, model)), limits, metrics)
     lifecycle = Lifecycle()
@@ -68,7 +70,7 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
 
     def prepare() -> None:
         engine.warm_up(model.max_input_length)
-        costs = _open_lane(engine, settings, model) if model.device == "cuda" else None
+        costs = _open_lane(engine, settings, model) if model.tensor_device == "cuda" else None
         if costs is None and settings.warmup:
             costs = engine.measure(settings.max_batch_tokens, model.max_input_length)
         if costs is not None:
@@ -169,7 +171,7 @@ def _plan(settings: Settings, model: ServedModel) -> Plan:
         max_batch_texts=model.max_batch_texts,
         group_alike=settings.group_batches,
         # A batch in the device lane runs to its end as one graph.
-        merge_backlog=settings.backlog_merging and model.device == "cpu",
+        merge_backlog=settings.backlog_merging and model.tensor_device == "cpu",
         layers_per_step=model.num_layers / len(model.config.exit_layers),
     )
 

@@ -15,6 +15,7 @@ from offramp_model.calibration import CalibrationTable
 from offramp_model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from offramp_model.config import MultiExitConfig
 from offramp_model.layer_loop import LayerStack
+from offramp_model.onnx_stack import CUDA, Device, has_cuda
 from offramp_model.policies import ExitPolicy, make_supported_policy
 from offramp_model.tokenizer import TextTokenizer
 from offramp_service.settings import Settings
@@ -42,7 +43,7 @@ class ServedModel:
     table: CalibrationTable | None
     stack: LayerStack
     tokenizer: TextTokenizer
-    device: str
+    device: Device
     backend: str
     dtype: str
     torch_threads: int
@@ -56,6 +57,11 @@ class ServedModel:
     @property
     def num_layers(self) -> int:
         return self.config.num_layers
+
+    @property
+    def tensor_device(self) -> Device:
+        """Where hidden states are between segments; those of graphs come back to the host."""
+        return self.device if self.backend == "torch" else "cpu"
 
     def survival(self, speedup: float) -> list[float]:
         """Share of the texts that goes on after each exit at a speed-up, by calibration; where it
@@ -110,19 +116,23 @@ def load_model(settings: Settings) -> ServedModel:
     )
 
 
-def _device(settings: Settings, checkpoint: Checkpoint) -> str:
-    """The configured device, or the best there is for this checkpoint's backend."""
-    is_there = torch.cuda.is_available()
+def _device(settings: Settings, checkpoint: Checkpoint) -> Device:
+    """The configured device, or the best there is; graphs go to a GPU only when they are told."""
+    is_torch = checkpoint.backend == "torch"
+    is_there = torch.cuda.is_available() if is_torch else has_cuda()
     if settings.device == "auto":
-        return "cuda" if is_there and checkpoint.backend == "torch" else "cpu"
-    if settings.device == "cuda" and checkpoint.backend != "torch":
+        return "cuda" if is_torch and is_there else "cpu"
+    if settings.device == "cpu":
+        return "cpu"
+    if not is_torch and checkpoint.dtype == "int8":
         raise SettingsError(
-            f"--device cuda: the graphs of {settings.model_id} run on the CPU; the checkpoint that "
-            "they were exported from runs on both"
+            f"--device cuda: the int8 graphs of {settings.model_id} run on the CPU; the checkpoint "
+            "that they were exported from runs on both"
         )
-    if settings.device == "cuda" and not is_there:
-        raise SettingsError("--device cuda: torch sees no CUDA device; allowed here: auto, cpu")
-    return settings.device
+    if not is_there:
+        who = "torch sees no CUDA device" if is_torch else f"this onnxruntime has no {CUDA}"
+        raise SettingsError(f"--device cuda: {who}; allowed here: auto, cpu")
+    return "cuda"
 
 
 def _dtype(settings: Settings, checkpoint: Checkpoint) -> str:

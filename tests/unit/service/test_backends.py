@@ -13,7 +13,8 @@ import torch
 from asgi_lifespan import LifespanManager
 
 from loading import load
-from offramp_model.checkpoint import load_checkpoint, update_manifest
+from offramp_model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, update_manifest
+from offramp_model.onnx_stack import has_cuda
 from offramp_model.recorded import record_exits
 from offramp_service.app import create_app
 from offramp_service.served_model import SettingsError, load_model
@@ -56,14 +57,25 @@ def test_auto_is_what_the_directory_is_for(plain: Path, graphs: Path) -> None:
     assert onnx_served.vocab_size == torch_served.vocab_size
 
 
+def test_int8_graphs_stay_on_the_cpu(graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoint, "dtype", property(lambda _: "int8"))
+    with pytest.raises(SettingsError, match="the int8 graphs of .* run on the CPU"):
+        load_model(Settings(model_id=graphs, device="cuda"))
+
+
 def test_a_device_that_is_not_there_is_refused(plain: Path, graphs: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     assert load_model(Settings(model_id=plain)).device == "cpu"
     with pytest.raises(SettingsError, match="torch sees no CUDA device; allowed here: auto, cpu"):
         load_model(Settings(model_id=plain, device="cuda"))
-    with pytest.raises(SettingsError, match="run on the CPU"):
+    assert load_model(Settings(model_id=graphs)).tensor_device == "cpu"
+    if has_cuda():
+        pytest.skip("onnxruntime has it")
+    with pytest.raises(SettingsError, match=r"has no CUDAExecutionProvider; allowed here: auto"):
         load_model(Settings(model_id=graphs, device="cuda"))
+    with pytest.raises(CheckpointError, match=r"no CUDAExecutionProvider; it has: .*CPU"):
+        load_checkpoint(graphs).onnx_stack(threads=1, device="cuda")
 
 
 def test_survival_is_read_off_the_calibration(plain: Path) -> None:

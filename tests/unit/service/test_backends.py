@@ -59,7 +59,7 @@ def test_auto_is_what_the_directory_is_for(plain: Path, graphs: Path) -> None:
 
 def test_int8_graphs_stay_on_the_cpu(graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoint, "dtype", property(lambda _: "int8"))
-    with pytest.raises(SettingsError, match="the int8 graphs of .* run on the CPU"):
+    with pytest.raises(SettingsError, match=r"the int8 graphs of .* run on the CPU"):
         load_model(Settings(model_id=graphs, device="cuda"))
 
 

@@ -44,7 +44,9 @@ def open_lane(
     """
     still = buckets(max_tokens, max_rows, min(stack.config.max_length, MAX_LENGTH))
     lane = DeviceLane(stack, stack.activation, policy, still)
-    table = StepTable.measured(_timer(lane, stack), most_tokens=max_tokens, budget_s=TIMING_S)
+    largest = still[-1]
+    most = min(max_tokens, largest.rows * largest.max_length)
+    table = StepTable.measured(_timer(lane, stack, largest), most_tokens=most, budget_s=TIMING_S)
     moving = [
         replace(one, compact_after=_moved_after(stack, table, one, survival)) for one in still
     ]
@@ -80,13 +82,14 @@ def _moved_after(
     return compactions(table, bucket.tokens, exits, survival, **moving_price(stack))
 
 
-def _timer(lane: DeviceLane, stack: PackedEncoder) -> Callable[[int], float]:
-    """tokens → seconds of a layer, of a whole pass without early exits over its depth."""
-    depth, length = stack.config.num_layers, min(TIMED_LENGTH, stack.config.max_length)
+def _timer(lane: DeviceLane, stack: PackedEncoder, largest: Bucket) -> Callable[[int], float]:
+    """tokens → seconds of a layer, of a whole pass without early exits over its depth. Texts are
+    longer than `TIMED_LENGTH` only where the lane holds too few of them."""
+    depth = stack.config.num_layers
 
     def time_layer(tokens: int) -> float:
-        count = max(1, tokens // length)
-        size = min(tokens // count, length)
+        count = min(max(1, tokens // min(TIMED_LENGTH, largest.max_length)), largest.rows)
+        size = min(tokens // count, largest.max_length)
         batch = TokenBatch.pack([Encoding([0] * size, [0] * size)] * count)
         asked = RowSettings.uniform(count, float("nan"), max_layer=depth)
         started = time.perf_counter()

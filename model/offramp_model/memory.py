@@ -12,7 +12,7 @@ def keep_freed_memory() -> bool:
     A batch that shrinks from exit to exit asks for another size of hidden states each time. glibc
     takes large ones from the kernel and gives them back, a page fault for each 4 KiB: 577 a batch
     of 32 texts at speed-up 2, and 7 % of its time (`docs/results/engine.md`). Call it before the
-    first batch; up to `KEPT_BYTES` stay with the process.
+    first batch; up to `KEPT_BYTES` stay with the process, in threads in pieces of less than 64 MB.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # musl, macOS

@@ -138,10 +138,9 @@ def make_session(graph: Graph, threads: int | None = None, device: Device = "cpu
     """
     import onnxruntime
 
-    if device == "cuda" and not has_cuda():
-        there = ", ".join(onnxruntime.get_available_providers())
-        raise ValueError(f"this onnxruntime has no {CUDA}; it has: {there}")
-
+    there = onnxruntime.get_available_providers()
+    if device == "cuda" and CUDA not in there:
+        raise ValueError(f"this onnxruntime has no {CUDA}; it has: {', '.join(there)}")
     _start_pool(threads or torch.get_num_threads())
     options = onnxruntime.SessionOptions()
     options.use_per_session_threads = False
@@ -149,19 +148,15 @@ def make_session(graph: Graph, threads: int | None = None, device: Device = "cpu
     options.add_session_config_entry("session.x64quantprecision", exact_int8())
     options.log_severity_level = 3  # a failing call raises; it need not also print
     try:
-        return onnxruntime.InferenceSession(
+        session = onnxruntime.InferenceSession(
             graph, options, providers=_PROVIDERS[device], enable_fallback=0
         )
     except Exception as error:  # onnxruntime's errors have no base of their own
         where = graph if isinstance(graph, Path) else "the graph"
         raise ValueError(f"{where}: onnxruntime cannot run it: {error}") from error
-
-
-def has_cuda() -> bool:
-    """Can the installed onnxruntime run on a CUDA device?"""
-    import onnxruntime
-
-    return CUDA in onnxruntime.get_available_providers()
+    if device == "cuda" and CUDA not in session.get_providers():  # it falls back without a word
+        raise ValueError(f"onnxruntime has {CUDA} and cannot start it here")
+    return session
 
 
 def exact_int8() -> Literal["0", "1"]:

@@ -192,9 +192,10 @@ class Simulation:
         if step.opened is not None:
             outcome.starts += [self._numbers[job] for job in group.jobs]
             group.course = SimulatedCourse(self, group.jobs)
-        else:
-            pause = self.now - self._last_ran[group]
-            outcome.longest_pause_s = max(outcome.longest_pause_s, pause)
+        for waited in (group, step.joined):
+            if waited is not None and waited in self._last_ran:
+                pause = self.now - self._last_ran[waited]
+                outcome.longest_pause_s = max(outcome.longest_pause_s, pause)
         if step.joined is not None:
             outcome.joined += 1
             group.course.take_in(step.joined.course)

@@ -29,7 +29,7 @@ from offramp_service.metrics import Metrics
 from offramp_service.pipeline import Pipeline
 from offramp_service.routes import classify, info, probes
 from offramp_service.routes.door import CALL, Call
-from offramp_service.scheduler import LEAST_KNEE, Plan, Scheduler
+from offramp_service.scheduler import Plan, Scheduler
 from offramp_service.schemas import error_body
 from offramp_service.served_model import ServedModel, load_model
 from offramp_service.settings import Settings
@@ -74,7 +74,8 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
         if costs is None and settings.warmup:
             costs = engine.measure(settings.max_batch_tokens, model.max_input_length)
         if costs is not None:
-            batcher.scheduler.learn(costs)
+            # A batch in the device lane runs to its end as one graph.
+            batcher.scheduler.learn(costs, can_join=not engine.has_lane)
             _log_costs(costs, batcher.scheduler)
 
     thread = _EngineThread(prepare, batcher)
@@ -170,8 +171,7 @@ def _plan(settings: Settings, model: ServedModel) -> Plan:
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_texts=model.max_batch_texts,
         group_alike=settings.group_batches,
-        # A batch in the device lane runs to its end as one graph.
-        merge_backlog=settings.backlog_merging and model.tensor_device == "cpu",
+        merge_backlog=settings.backlog_merging,
         layers_per_step=model.num_layers / len(model.config.exit_layers),
     )
 
@@ -195,12 +195,8 @@ def _log_costs(costs: StepTable, scheduler: Scheduler) -> None:
         *(costs.seconds[0] * 1000, costs.tokens[0], costs.seconds[-1] * 1000, costs.tokens[-1]),
         costs.knee,
     )
-    if scheduler.plan.merge_backlog and not scheduler.merges:
-        log.warning(
-            "--backlog-merging stays off: from %d tokens on a layer costs more the more it has, so "
-            "batches that wait for each other only lose time (a knee of %d tokens is needed)",
-            *(costs.knee, LEAST_KNEE),
-        )
+    if scheduler.plan.merge_backlog and (reason := scheduler.why_not_merging):
+        log.warning("--backlog-merging stays off: %s", reason)
 
 
 def _describe(metrics: Metrics, model: ServedModel) -> None:

@@ -115,7 +115,8 @@ class ControlDesk:
         return threshold, exit_counts, None
 
     def _bounds(self, asked: Asked) -> tuple[int, int]:
-        """Layer bounds; `max_layer` is a promise, so it falls to an exit at or before it."""
+        """Layer bounds: `max_layer` is a promise, so it falls to an exit at or before it; who may
+        not leave before `min_layer` runs on to an exit at or after it."""
         depth, exits = self._model.num_layers, self._model.config.exit_layers
         for name, layer in (("min_layer", asked.min_layer), ("max_layer", asked.max_layer)):
             if layer is not None and not 1 <= layer <= depth:
@@ -131,7 +132,7 @@ class ControlDesk:
                 f"{', '.join(map(str, exits))}",
                 param="max_layer",
             )
-        return low, exits[exits_before - 1]
+        return exits[bisect_left(exits, low)], exits[exits_before - 1]
 
 
 @lru_cache(maxsize=1024)

@@ -75,6 +75,11 @@ class Engine:
             time_layer, most_tokens=most_tokens, repeats=repeats, budget_s=budget_s
         )
 
+    @property
+    def has_lane(self) -> bool:
+        """Batches run in the device lane, and cannot be joined there."""
+        return self._lane is not None
+
     def open_lane(self, *, max_tokens: int, max_rows: int, survival: Sequence[float]) -> StepTable:
         """From now on run whole batches on the device, where they fit its lane; returns what a
         layer of it costs. See `offramp_model.lane_buckets.open_lane`; call it in the engine's

@@ -48,11 +48,16 @@ class Depth:
         """Layers that 95 % of such texts do not exceed."""
         return sum(share > LATE_SHARE for share in self.inside)
 
+    def share_going_on(self, layer: int, after: int) -> float:
+        """Of texts still inside after `layer`, the share that runs another one after `after`."""
+        if after >= len(self.inside):
+            return 0.0
+        # Deeper than any calibration row went: to the end, to be on the safe side.
+        return self.inside[after] / self.inside[layer] if self.inside[layer] else 1.0
+
     def ahead(self, layer: int) -> float:
         """Expected further layers of a text that is still inside after `layer`."""
-        rest = self.inside[layer:]
-        # Deeper than any calibration row went: to the end, to be on the safe side.
-        return sum(rest) / rest[0] if rest and rest[0] else float(len(rest))
+        return sum(self.share_going_on(layer, after) for after in range(layer, len(self.inside)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,14 +101,28 @@ class Scheduler:
         self._backlog = False
         self.learn(costs)
 
-    def learn(self, costs: "StepTable | None") -> None:
-        """What layers cost from now on; None if nobody knows."""
-        self.costs = costs
+    def learn(self, costs: "StepTable | None", *, can_join: bool = True) -> None:
+        """What layers cost from now on, None if nobody knows; and can batches be joined at all?"""
+        self.costs, self._can_join = costs, can_join
+
+    @property
+    def why_not_merging(self) -> str | None:
+        """Why backlog mode would be of no use here, or None if it pays."""
+        if self.costs is None:
+            return "what a layer costs has not been measured"
+        if not self._can_join:
+            return "a batch in the device lane runs to its end"
+        if self.costs.knee < LEAST_KNEE:
+            return (
+                f"from {self.costs.knee} tokens on a layer costs more the more it has, so batches "
+                f"that wait for each other only lose time (a knee of {LEAST_KNEE} is needed)"
+            )
+        return None
 
     @property
     def merges(self) -> bool:
-        """Does backlog mode pay here? Only where two groups together still cost as much as one."""
-        return self.plan.merge_backlog and self.costs is not None and self.costs.knee >= LEAST_KNEE
+        """Backlog mode is asked for, and pays."""
+        return self.plan.merge_backlog and self.why_not_merging is None
 
     # -- the waiting texts -------------------------------------------------------------------
 
@@ -122,7 +136,7 @@ class Scheduler:
         if self.costs is None:
             return 0.0
         place = self._latest_start(jobs, now)
-        running = max(0.0, self._free_at - now) if self.groups else 0.0
+        running = max(0.0, self._free_at - now)
         budget = self.plan.max_batch_tokens
         return running + self.queue.seconds_before(place, jobs, self.costs, budget)
 
@@ -133,6 +147,13 @@ class Scheduler:
 
     def next_step(self, now: float) -> Step | None:
         """What the engine should do now; None if there is nothing to do."""
+        step = self._decide(now)
+        if self.costs is not None:
+            left = (expected_seconds(g.inside.values(), self.costs, g.layer) for g in self.groups)
+            self._free_at = now + sum(left)
+        return step
+
+    def _decide(self, now: float) -> Step | None:
         if empty := next((group for group in self.groups if not group.inside), None):
             return Step(empty)  # costs nothing: it comes to its end
         if self._in_backlog():
@@ -147,13 +168,12 @@ class Scheduler:
 
     def _open(self, now: float) -> Step | None:
         jobs, reason = self._form_batch(now)
+        while not jobs and self.queue:  # all that were looked at had been given up, and are gone
+            jobs, reason = self._form_batch(now)
         if not jobs:
             return None
         for job in jobs:
             job.started_at = now
-        if self.costs is not None:
-            begins = max(self._free_at, now) if self.groups else now
-            self._free_at = begins + expected_seconds(jobs, self.costs)
         group = Group(jobs)
         self.groups.append(group)
         return Step(group, opened=reason)
@@ -225,6 +245,8 @@ class Scheduler:
 
         def unlike(place: int) -> tuple[float, int, int]:
             job = seen[place]
+            if job is not first and self._hopeless(job, now):
+                return float("inf"), 0, place
             if job is first or self.queue.latest_start(job) <= cannot_wait:
                 return -1.0, 0, place
             deeper = abs(job.controls.depth.mean - first.controls.depth.mean)
@@ -261,7 +283,7 @@ class Scheduler:
             return self._join(chosen.group)
         if (step := self._open(now)) is not None:
             return step
-        return self.next_step(now)  # all that waited had been given up, and is gone now
+        return self._decide(now)  # all that waited had been given up, and is gone now
 
     def _options(self, costs: "StepTable", now: float) -> list["_Option"]:
         """The queue, then the groups from the shallowest on. Never empty in backlog mode: it ends
@@ -358,17 +380,18 @@ def _layers_ahead(group: Group) -> float:
     return sum(ahead) / len(ahead)
 
 
-def expected_seconds(jobs: Sequence[Job], costs: "StepTable") -> float:
-    """How long a batch is expected to take while it shrinks as its classes do."""
+def expected_seconds(jobs: Iterable[Job], costs: "StepTable", layer: int = 0) -> float:
+    """How long texts that have run `layer` layers are expected to take on, together, while their
+    classes shrink as they do."""
     classes: dict[Depth, tuple[int, int]] = {}  # texts, tokens
     for job in jobs:
         texts, tokens = classes.get(job.controls.depth, (0, 0))
         classes[job.controls.depth] = texts + 1, tokens + job.tokens
     seconds = 0.0
-    for layer in range(max(len(depth.inside) for depth in classes)):
+    for after in range(layer, max((len(depth.inside) for depth in classes), default=0)):
         texts_left = tokens_left = 0.0
         for depth, (texts, tokens) in classes.items():
-            share = depth.inside[layer] if layer < len(depth.inside) else 0.0
+            share = depth.share_going_on(layer, after)
             texts_left += texts * share
             tokens_left += tokens * share
         # With less than one text left on average, the layer runs as often as that.

@@ -15,7 +15,7 @@ from offramp_model.calibration import CalibrationTable
 from offramp_model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from offramp_model.config import MultiExitConfig
 from offramp_model.layer_loop import LayerStack
-from offramp_model.onnx_stack import CUDA, Device, has_cuda
+from offramp_model.onnx_stack import Device
 from offramp_model.policies import ExitPolicy, make_supported_policy
 from offramp_model.tokenizer import TextTokenizer
 from offramp_service.settings import Settings
@@ -118,21 +118,20 @@ def load_model(settings: Settings) -> ServedModel:
 
 def _device(settings: Settings, checkpoint: Checkpoint) -> Device:
     """The configured device, or the best there is; graphs go to a GPU only when they are told."""
-    is_torch = checkpoint.backend == "torch"
-    is_there = torch.cuda.is_available() if is_torch else has_cuda()
-    if settings.device == "auto":
-        return "cuda" if is_torch and is_there else "cpu"
     if settings.device == "cpu":
         return "cpu"
-    if not is_torch and checkpoint.dtype == "int8":
-        raise SettingsError(
-            f"--device cuda: the int8 graphs of {settings.model_id} run on the CPU; the checkpoint "
-            "that they were exported from runs on both"
-        )
-    if not is_there:
-        who = "torch sees no CUDA device" if is_torch else f"this onnxruntime has no {CUDA}"
-        raise SettingsError(f"--device cuda: {who}; allowed here: auto, cpu")
-    return "cuda"
+    if checkpoint.backend == "onnx":
+        if settings.device == "cuda" and checkpoint.dtype == "int8":
+            raise SettingsError(
+                f"--device cuda: the int8 graphs of {settings.model_id} run on the CPU; the "
+                "checkpoint that they were exported from runs on both"
+            )
+        return "cuda" if settings.device == "cuda" else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if settings.device == "cuda":
+        raise SettingsError("--device cuda: torch sees no CUDA device; allowed here: auto, cpu")
+    return "cpu"
 
 
 def _dtype(settings: Settings, checkpoint: Checkpoint) -> str:

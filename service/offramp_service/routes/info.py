@@ -106,7 +106,8 @@ def _merging(scheduler: Scheduler) -> str:
     """Asked for or not; and if it stays off all the same, why."""
     if not scheduler.plan.merge_backlog:
         return "off"
-    return "on" if scheduler.merges else "off: it does not pay at these layer costs"
+    reason = scheduler.why_not_merging
+    return "on" if reason is None else f"off: {reason}"
 
 
 def _costs(table: StepTable) -> dict[str, Any]:

@@ -64,3 +64,11 @@ def test_a_table_is_measured_on_the_lane_itself() -> None:
     )
     assert table.tokens == (16, 32, 64)
     assert 0 < table(16) < 1
+
+
+def test_a_lane_of_few_rows_is_timed_with_longer_texts() -> None:
+    policy, survival = make_policy("entropy"), [1.0, 1.0, 0.0]
+    how = {"max_tokens": 1024, "max_rows": 4, "survival": survival}
+    lane, table = open_lane(cases.make_stack(), policy, **how)
+    assert lane._passes[-1].bucket.rows == 4
+    assert table.tokens == (16, 32, 64, 128)  # 4 texts of the longest, 32 tokens

@@ -65,6 +65,8 @@ def test_depth_is_what_calibration_rows_did_within_the_bounds() -> None:
     assert EARLY.ahead(1) == pytest.approx(0.95 / 0.5)
     assert Depth.of((9, 1, 0, 0), 1, 4).ahead(2) == 2.0  # no row went so deep: to the end
     assert Depth.full(4).ahead(4) == 0.0
+    assert EARLY.share_going_on(1, 3) == pytest.approx(0.1 / 0.5)
+    assert Depth.full(2).share_going_on(3, 3) == 0.0
 
 
 @given(counts=st.lists(st.integers(0, 50), min_size=4, max_size=4).filter(any), data=st.data())
@@ -81,6 +83,10 @@ def test_a_batch_is_expected_to_shrink_as_its_classes_do() -> None:
     layers = [4100, 2100, 1000, 400, 200, 200]
     expected = sum(LINEAR(tokens) for tokens in layers)
     assert expected_seconds(jobs, LINEAR) == pytest.approx(expected)
+    # On the way, of those that are left.
+    left = sum(LINEAR(4000 * share / 0.25) for share in (0.25, 0.1, 0.05, 0.05))
+    assert expected_seconds([text(100, EARLY) for _ in range(40)], LINEAR, 2) == pytest.approx(left)
+    assert expected_seconds([], LINEAR) == 0.0
     # Half a text on average runs a layer half as often.
     assert expected_seconds([text(10, Depth((1.0, 0.5)))], FLAT) == pytest.approx(1.5e-3)
 
@@ -198,6 +204,29 @@ def test_alike_texts_are_put_together_but_nobody_is_made_late() -> None:
     assert step.group.jobs == shallow
 
 
+def test_alike_or_not_the_hopeless_go_last() -> None:
+    it = scheduler(LINEAR, max_batch_tokens=100, group_alike=True)
+    first, good = text(50, queued_at=-0.95), [text(50) for _ in range(3)]
+    hopeless = [text(50, deadline=0.001) for _ in range(2)]
+    add(it, first, *hopeless, *good)
+    batches = []
+    while (step := it.next_step(0.0)) is not None:
+        batches.append(step.group.jobs)
+        it.close(step.group)
+    assert batches == [[first, good[0]], good[1:], hopeless]
+
+
+def test_a_look_ahead_of_departed_clients_hides_nobody() -> None:
+    it = scheduler(LINEAR, max_batch_tokens=100, max_batch_texts=2, group_alike=True)
+    gone, stays = [text(32) for _ in range(12)], text(32)
+    add(it, *gone, stays)
+    for job in gone:
+        job.waiter = type("Gone", (), {"abandoned": True})()
+    step = it.next_step(0.0)
+    assert step is not None
+    assert step.group.jobs == [stays]
+
+
 def test_lengths_count_within_a_class() -> None:
     it = scheduler(LINEAR, max_batch_tokens=60, group_alike=True)
     jobs = [text(tokens) for tokens in (20, 50, 22, 48, 18)]
@@ -222,6 +251,10 @@ def test_merging_is_on_only_where_it_pays() -> None:
     assert not scheduler(FLAT).merges
     assert not scheduler(LINEAR, merge_backlog=True).merges
     assert not scheduler(None, merge_backlog=True).merges
+    it = backlogged()
+    it.learn(FLAT, can_join=False)
+    assert not it.merges
+    assert it.why_not_merging == "a batch in the device lane runs to its end"
 
 
 def test_who_has_come_as_far_goes_on_together() -> None:
@@ -253,6 +286,58 @@ def test_nobody_waits_who_has_no_time() -> None:
     pressed = it.next_step(HORIZON_S - 5e-3)  # five layers of 1 ms are left, and as much time
     assert pressed is not None
     assert pressed.group is first.group
+
+
+def two_groups(shallow: Job) -> tuple[Scheduler, Group, Group]:
+    """One text after layer 1, and a group after layer 3 that fills the device; many wait."""
+    it = scheduler(FLAT, merge_backlog=True, max_batch_tokens=2000)
+    add(it, *(text(500) for _ in range(10)))
+    young, deep = Group([shallow]), Group([text(500) for _ in range(3)])
+    young.layer, deep.layer = 1, 3
+    it.groups += [young, deep]
+    return it, young, deep
+
+
+def test_whoever_is_late_goes_before_the_deepest() -> None:
+    it, young, deep = two_groups(text(32, queued_at=-2 * HORIZON_S))
+    step = it.next_step(0.0)
+    assert step is not None
+    assert step.group is young
+    it, young, deep = two_groups(text(32))
+    step = it.next_step(0.0)
+    assert step is not None
+    assert step.group is deep
+
+
+def test_no_group_is_skipped_for_ever() -> None:
+    # 50 ms, of which five layers take 5: at most so many steps of 1 ms before it must go on.
+    it, young, deep = two_groups(text(32, deadline=0.05))
+    turns = 0
+    while True:
+        step = it.next_step(0.0)  # time stands still: nothing but its turns makes it urgent
+        assert step is not None
+        if step.group is young:
+            break
+        assert step.group is deep
+        turns += 1
+        assert turns < 50
+    assert turns > 40
+
+
+def test_the_work_ahead_is_what_the_groups_still_have_to_run() -> None:
+    it = scheduler(FLAT, merge_backlog=True, max_batch_tokens=256)
+    add(it, *(text(32) for _ in range(80)))
+    asked = [text(32, deadline=1e9)]
+    for _ in range(30):
+        step = it.next_step(0.0)
+        assert step is not None
+        under_way = sum(LAYERS - group.layer for group in it.groups) * 1e-3
+        budget = it.plan.max_batch_tokens
+        queued = it.queue.seconds_before(1e9, asked, FLAT, budget)
+        assert it.seconds_until_answered(asked, 0.0) == pytest.approx(under_way + queued)
+        leave(step.group, step.group.layer + 1, *list(step.group.inside)[:1])
+        if step.group.layer == LAYERS:
+            it.close(step.group)
 
 
 def test_the_mode_ends_with_the_backlog_and_groups_are_few() -> None:
@@ -393,7 +478,7 @@ def test_no_group_waits_longer_than_its_window(world: dict) -> None:
 
 @given(WORLDS)
 @settings(max_examples=50, deadline=None)
-def test_where_cost_is_linear_merging_changes_nothing(world: dict) -> None:
+def test_where_cost_is_linear_the_mode_is_never_entered(world: dict) -> None:
     world["table"] = "linear"
     plain, merged = (
         simulate(world | {"plan": replace(world["plan"], merge_backlog=on)})[1]

@@ -92,6 +92,23 @@ class StepTable:
         limit = KNEE_SLACK * min(each)
         return next(t for t, one in zip(self.tokens, each, strict=True) if one <= limit)
 
+    def moving_pays(
+        self,
+        *,
+        layers: int,
+        carried: float,
+        left: float,
+        launch_seconds: float,
+        seconds_per_token: float,
+    ) -> bool:
+        """Is it worth its price to move `left` of the `carried` tokens together, with so many
+        layers to go before the next chance?
+
+        layers · [t(T) − t(T')] > c₀ + c₁·T', with T carried and T' left.
+        """
+        gain = layers * (self(carried) - self(left))
+        return gain > launch_seconds + seconds_per_token * left
+
     def saved_together(self, tokens: float, other: float) -> float:
         """Seconds of a layer that two batches save as one; about 0 where cost is linear."""
         return self(tokens) + self(other) - self(tokens + other)
@@ -131,8 +148,7 @@ def compactions(
 ) -> frozenset[int]:
     """The exits after which moving the survivors together is worth its price.
 
-    Compact after an exit iff (layers to the next exit that might compact) · [t(T) − t(T')] >
-    c₀ + c₁·T', with T carried and T' surviving tokens.
+    See `StepTable.moving_pays`; the next chance is the next exit.
 
     Args:
         table: cost of a layer.
@@ -150,12 +166,12 @@ def compactions(
         raise ValueError(
             f"survival must fall over the {len(exit_layers)} exits, one share each, got {shares}"
         )
+    price = {"launch_seconds": launch_seconds, "seconds_per_token": seconds_per_token}
     chosen, carried = set(), float(tokens)
     for place, exit_layer in enumerate(exit_layers[:-1]):
         left = tokens * shares[place]
         layers = exit_layers[place + 1] - exit_layer
-        gain = layers * (table(carried) - table(left))
-        if left > 0 and gain > launch_seconds + seconds_per_token * left:
+        if left > 0 and table.moving_pays(layers=layers, carried=carried, left=left, **price):
             chosen.add(exit_layer)
             carried = left
     return frozenset(chosen)

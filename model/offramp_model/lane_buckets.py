@@ -4,20 +4,18 @@ Both follow from what passes of the lane cost on the device at hand: it is opene
 moving, timed, and opened again with what pays by the cost rule. Knows nothing about requests.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from offramp_kernels.contract import MAX_ROWS
 from offramp_model.cost import StepTable, compactions
 from offramp_model.device_lane import MAX_LENGTH, Bucket, DeviceLane
 from offramp_model.encoder import PackedEncoder
+from offramp_model.full_pass import layer_timer
 from offramp_model.policies import ExitPolicy
-from offramp_model.rows import Encoding, RowSettings, TokenBatch
 
 SMALLEST = 128  # tokens of the smallest bucket; below it a layer costs as much
 SHORTEST = 3  # tokens of a text, specials included: as many rows as a bucket can need
-TIMED_LENGTH = 32  # tokens of the texts whose passes are timed
 TIMING_S = 2.0
 LAUNCH_S, COPY_BYTES_PER_S = 5e-6, 2e12
 """Price of moving rows, until it is measured on the device at hand: two launches, one copy."""
@@ -46,7 +44,10 @@ def open_lane(
     lane = DeviceLane(stack, stack.activation, policy, still)
     largest = still[-1]
     most = min(max_tokens, largest.rows * largest.max_length)
-    table = StepTable.measured(_timer(lane, stack, largest), most_tokens=most, budget_s=TIMING_S)
+    time_layer = layer_timer(
+        lane, stack.num_layers, longest=largest.max_length, most_rows=largest.rows
+    )
+    table = StepTable.measured(time_layer, most_tokens=most, budget_s=TIMING_S)
     moving = [
         replace(one, compact_after=_moved_after(stack, table, one, survival)) for one in still
     ]
@@ -80,21 +81,3 @@ def _moved_after(
 ) -> frozenset[int]:
     exits = stack.config.exit_layers
     return compactions(table, bucket.tokens, exits, survival, **moving_price(stack))
-
-
-def _timer(lane: DeviceLane, stack: PackedEncoder, largest: Bucket) -> Callable[[int], float]:
-    """tokens → seconds of a layer, of a whole pass without early exits over its depth. Texts are
-    longer than `TIMED_LENGTH` only where the lane holds too few of them."""
-    depth = stack.config.num_layers
-
-    def time_layer(tokens: int) -> float:
-        count = min(max(1, tokens // min(TIMED_LENGTH, largest.max_length)), largest.rows)
-        size = min(tokens // count, largest.max_length)
-        batch = TokenBatch.pack([Encoding([0] * size, [0] * size)] * count)
-        asked = RowSettings.uniform(count, float("nan"), max_layer=depth)
-        started = time.perf_counter()
-        for left in lane(batch, asked):  # the last exit has landed when it ends
-            assert left.rows_run == count
-        return (time.perf_counter() - started) / depth
-
-    return time_layer

@@ -2,7 +2,7 @@
 
 Each device is a cost table and the exits that texts take:
 
-    h200-256, h200-32   a BERT-base-shaped model of 12 layers as engine pages reckon it for an H200:
+    h200-256, h200-32   a BERT-base-shaped model of 12 layers as it is reckoned for an H200:
                         17 µs or 29.9 ns a token, whichever is more; compaction 5 µs and 1.5 ns a
                         token; at most 256 or 32 texts of 32 tokens a batch. Assumed, not measured.
     NAME                a checkpoint given on the command line: its layers timed here and now, the
@@ -61,7 +61,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to schedule: changes of the plan, of the device, and of what is known."""
+    """One way to schedule: changes of the plan and of the device."""
 
     name: str
     plan: dict[str, bool]

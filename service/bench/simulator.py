@@ -31,8 +31,10 @@ class Device:
     sync_s: float = 0.0
 
     def pays(self, layers: int, carried: float, left: float) -> bool:
-        saved = layers * (self.costs(carried) - self.costs(left))
-        return self.compacts and saved > self.moving(left)
+        price = {"launch_seconds": self.move_s, "seconds_per_token": self.move_token_s}
+        return self.compacts and self.costs.moving_pays(
+            layers=layers, carried=carried, left=left, **price
+        )
 
     def moving(self, tokens: float) -> float:
         return self.move_s + self.move_token_s * tokens
@@ -61,10 +63,8 @@ class Outcome:
     starts: list[int] = field(default_factory=list)  # in the order in which they were taken
     text_layers: int = 0  # run for texts that somebody waited for
     ends: float = 0.0
-    busy_s: float = 0.0
     longest_pause_s: float = 0.0  # of a group between two of its steps
     joined: int = 0
-    backlog_steps: int = 0
 
 
 class _Client:
@@ -156,7 +156,6 @@ class Simulation:
 
     def spend(self, seconds: float) -> None:
         self.now += seconds
-        self.outcome.busy_s += seconds
 
     def leaves_at(self, job: Job) -> int:
         return self._texts[self._numbers[job]].exit_layer
@@ -199,7 +198,6 @@ class Simulation:
         if step.joined is not None:
             outcome.joined += 1
             group.course.take_in(step.joined.course)
-        outcome.backlog_steps += len(self._scheduler.groups) > 1
         left = next(group.course, None)
         self._last_ran[group] = self.now
         if left is None:

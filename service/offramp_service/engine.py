@@ -6,21 +6,21 @@ batch is still running.
 It knows nothing about queues, futures, clients or time.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
 
+from offramp_kernels.contract import MAX_ROWS
 from offramp_model.cost import StepTable
 from offramp_model.device_lane import DeviceLane
 from offramp_model.encoder import PackedEncoder
+from offramp_model.full_pass import layer_timer, run_through, uniform_batch
 from offramp_model.lane_buckets import open_lane
 from offramp_model.layer_loop import LayerStack, Leavers, layer_loop, start_rows
 from offramp_model.policies import ExitPolicy
 from offramp_model.rows import ActiveRows, Encoding, RowSettings, TokenBatch
 from offramp_service.jobs import Answer, ExitReason, Job, Left
 
-MEASURED_LENGTH = 32  # of the texts whose layers are timed
 MEASURING_S = 1.0
 
 
@@ -38,13 +38,8 @@ class Engine:
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
             for length in (max_length, min(16, max_length)):
-                batch = TokenBatch.pack([Encoding([0] * length, [0] * length)], self._device)
-                depth = self._stack.num_layers
-                # A bound at the last layer and a threshold of NaN: through every layer.
-                settings = RowSettings.uniform(1, float("nan"), max_layer=depth)
-                rows = start_rows(self._stack, batch, self._policy, settings)
-                for _ in layer_loop(self._stack, rows, self._policy):
-                    pass
+                batch = uniform_batch(1, length, self._device)
+                run_through(self._loop, self._stack.num_layers, batch)
 
     @torch.inference_mode()
     def measure(
@@ -58,22 +53,19 @@ class Engine:
         """What a layer costs by the tokens of a batch: whole passes without early exits, with their
         embedding and heads, over their depth. Takes about `budget_s` seconds. Call it when warm, in
         the engine's thread."""
-        depth, length = self._stack.num_layers, min(MEASURED_LENGTH, max_length)
-
-        def time_layer(tokens: int) -> float:
-            count = max(1, tokens // length)
-            size = min(tokens // count, max_length)
-            batch = TokenBatch.pack([Encoding([0] * size, [0] * size)] * count, self._device)
-            settings = RowSettings.uniform(count, float("nan"), max_layer=depth)
-            started = time.perf_counter()
-            rows = start_rows(self._stack, batch, self._policy, settings)
-            for left in layer_loop(self._stack, rows, self._policy):
-                left.row.tolist()  # waits for the device
-            return (time.perf_counter() - started) / depth
-
+        time_layer = layer_timer(
+            *(self._loop, self._stack.num_layers),
+            longest=max_length,
+            most_rows=MAX_ROWS,
+            device=self._device,
+        )
         return StepTable.measured(
             time_layer, most_tokens=most_tokens, repeats=repeats, budget_s=budget_s
         )
+
+    def _loop(self, batch: TokenBatch, asked: RowSettings) -> Iterator[Leavers]:
+        rows = start_rows(self._stack, batch, self._policy, asked)
+        return layer_loop(self._stack, rows, self._policy)
 
     @property
     def has_lane(self) -> bool:

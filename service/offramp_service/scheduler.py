@@ -148,6 +148,7 @@ class Scheduler:
     def next_step(self, now: float) -> Step | None:
         """What the engine should do now; None if there is nothing to do."""
         step = self._decide(now)
+        # Noted here, because admission asks from another thread while groups change.
         if self.costs is not None:
             left = (expected_seconds(g.inside.values(), self.costs, g.layer) for g in self.groups)
             self._free_at = now + sum(left)

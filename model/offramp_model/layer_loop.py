@@ -116,34 +116,31 @@ def layer_loop(
         rows.hidden = stack.segment(exit_layer, rows.hidden)
         head = stack.exit_head(exit_layer, rows.hidden)
         decision = policy.decide(exit_layer, head, rows)
-        leaving = _leaving(decision, rows, exit_layer, is_last=exit_layer == stack.num_layers)
+        sure = decision.leaving & (rows.min_layer <= exit_layer)
+        if exit_layer == stack.num_layers:
+            leaving = rows.alive
+        else:
+            leaving = rows.alive & (sure | (rows.max_layer <= exit_layer))
         rows.alive = rows.alive & ~leaving
-        yield _leavers(exit_layer, leaving, head, decision, rows, alive)
-
-
-def _leaving(decision: Decision, rows: ActiveRows, exit_layer: int, *, is_last: bool) -> Tensor:
-    if is_last:
-        return rows.alive
-    sure = decision.leaving & (exit_layer >= rows.min_layer)
-    return rows.alive & (sure | (exit_layer >= rows.max_layer))
+        yield _leavers(exit_layer, leaving, sure, head, decision, rows, alive)
 
 
 def _leavers(
     exit_layer: int,
     leaving: Tensor,
+    sure: Tensor,
     head: HeadOutput,
     decision: Decision,
     rows: ActiveRows,
     rows_run: int,
 ) -> Leavers:
     index = leaving.nonzero().squeeze(-1)
-    by_policy = decision.leaving & (exit_layer >= rows.min_layer)
     return Leavers(
         exit_layer=exit_layer,
         row=rows.row.index_select(0, index),
         label=decision.label.index_select(0, index),
         logits=head.logits.index_select(0, index).float(),
         signal=decision.signal.index_select(0, index),
-        by_policy=by_policy.index_select(0, index),
+        by_policy=sure.index_select(0, index),
         rows_run=rows_run,
     )

@@ -11,8 +11,11 @@ compaction keeps the order, so rows of equal length always form one contiguous r
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from offramp_kernels import compact_plan, gather_rows
@@ -63,7 +66,6 @@ class TokenBatch:
         order = sorted(range(len(encodings)), key=lambda index: len(encodings[index]))
         ids: list[int] = []
         type_ids: list[int] = []
-        positions: list[int] = []
         offsets = [0]
         for index in order:
             encoding = encodings[index]
@@ -71,17 +73,18 @@ class TokenBatch:
                 raise ValueError(f"text {index} has no tokens")
             ids += encoding.ids
             type_ids += encoding.type_ids
-            positions += range(len(encoding.ids))
             offsets.append(len(ids))
 
-        def tensor(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
+        starts = np.repeat(offsets[:-1], np.diff(offsets))
+
+        def tensor(values: ArrayLike, dtype: type[np.integer[Any]] = np.int64) -> Tensor:
+            return torch.from_numpy(np.asarray(values, dtype)).to(device)
 
         return cls(
             input_ids=tensor(ids),
             type_ids=tensor(type_ids),
-            positions=tensor(positions),
-            cu_seqlens=tensor(offsets, torch.int32),
+            positions=tensor(np.arange(len(ids)) - starts),
+            cu_seqlens=tensor(offsets, np.int32),
             order=tensor(order),
         )
 

@@ -27,16 +27,15 @@ from offramp_service.errors import NotReady, ServiceError
 from offramp_service.lifecycle import Lifecycle
 from offramp_service.metrics import Metrics
 from offramp_service.pipeline import Pipeline
-from offramp_service.routes import classify, info, probes
-from offramp_service.routes.door import CALL, Call
+from offramp_service.routes import classify, infer, info, predict, probes, v2
+from offramp_service.routes.door import CALL, WORDING, Call
 from offramp_service.scheduler import Plan, Scheduler
-from offramp_service.schemas import error_body
 from offramp_service.served_model import ServedModel, load_model
 from offramp_service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-DOORS = (classify,)
+DOORS = (predict, classify, infer)
 
 TYPICAL_SPEEDUP = 2.0
 """At which the device lane expects texts to leave, unless the default is faster: how often it moves
@@ -109,6 +108,7 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
     )
     for one in DOORS:
         app.include_router(one.router(pipeline))
+    app.include_router(v2.router(pipeline, live=engine_alive, ready=ready))
     app.include_router(probes.router(lifecycle, engine_alive=engine_alive, ready=ready))
     app.include_router(info.router(pipeline))
     _map_errors(app, metrics)
@@ -219,25 +219,28 @@ def _map_errors(app: FastAPI, metrics: Metrics) -> None:
         assert isinstance(error, ServiceError)
         call: Call | None = request.scope.get(CALL)
         headers = {}
+        wording = call.wording if call else request.scope.get(WORDING, classify.WORDING)
+        status = wording.status(error)
         if call is not None:
-            metrics.request_done(call.route, error.status, call.seconds)
+            metrics.request_done(call.route, status, call.seconds)
             headers["x-request-id"] = call.request_id
             # Without the message, which may repeat a piece of a text.
-            log.debug("request %s: %d %s", call.request_id, error.status, error.kind)
+            log.debug("request %s: %d %s", call.request_id, status, error.kind)
         metrics.request_failed(error.reason)
         if error.retry_after_s is not None:
             headers["retry-after"] = str(error.retry_after_s)
         if isinstance(error, NotReady):
             headers["connection"] = "close"  # the next try should reach another replica
-        body = (call.error_body if call is not None else error_body)(error)
-        return Response(body, error.status, headers, "application/json")
+        return Response(wording.body(error), status, headers, "application/json")
 
     async def no_such_route(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         failure = ServiceError(error.detail)
         failure.status = error.status_code
         failure.kind = HTTPStatus(error.status_code).name.lower()
-        return Response(error_body(failure), error.status_code, error.headers, "application/json")
+        return Response(
+            classify.WORDING.body(failure), error.status_code, error.headers, "application/json"
+        )
 
     app.add_exception_handler(ServiceError, service_error)
     app.add_exception_handler(HTTPException, no_such_route)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from offramp_service.errors import (
     DeadlineExceeded,
+    EmptyInput,
     EngineFailed,
     InvalidInput,
     NotReady,
@@ -159,7 +160,7 @@ class Batcher:
         most = self._limits.max_texts
         self._check_open()
         if not texts:
-            raise InvalidInput("nothing to classify", status=400)
+            raise EmptyInput("nothing to classify")
         if texts > most:
             raise InvalidInput(
                 f"{texts} texts can never be queued at once; at most {most} can", status=413

@@ -1,41 +1,34 @@
 """From what a request asks for to the threshold and bounds of its texts.
 
 The order of precedence is the same on every door: a body field wins over a header, a header over
-the server's default; at one level a raw `threshold` wins over a `speedup`. All controls are
-checked here, against the checkpoint that is served. It knows nothing about doors or bodies.
+the server's default; at one level a raw `threshold` wins over a `speedup`, which may also be said
+as `max_accuracy_drop`. All controls are checked here, against the checkpoint that is served. It
+knows nothing about doors or bodies.
 """
 
 import math
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 
 from offramp_model.calibration import CalibrationTable, CurvePoint
 from offramp_model.policies import never, threshold_range
 from offramp_service.errors import InvalidInput
 from offramp_service.jobs import Controls, Depth
+from offramp_service.schemas.shared import Asked
 from offramp_service.served_model import ServedModel
 
 SPEEDUP_HEADER = "X-Speedup"
 THRESHOLD_HEADER = "X-Exit-Threshold"
+DEADLINE_HEADER = "X-Deadline-Ms"
 
 ExitCounts = tuple[int, ...]
 """Calibration rows that left after each layer 1..L."""
 
+_ROUNDING = 1e-9  # of accuracies, which are ratios of row counts
+
 _DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """Controls as a body carried them; None where it was silent."""
-
-    speedup: float | None = None
-    threshold: float | None = None
-    min_layer: int | None = None
-    max_layer: int | None = None
-    deadline_ms: int | None = None
 
 
 class ControlDesk:
@@ -61,16 +54,18 @@ class ControlDesk:
             max_layer=max_layer,
             depth=_depth(exit_counts, min_layer, max_layer),
             speedup=speedup,
-            deadline_s=self._deadline(asked.deadline_ms),
+            deadline_s=self._deadline(asked.deadline_ms, headers),
         )
 
-    def _deadline(self, deadline_ms: int | None) -> float | None:
+    def _deadline(self, deadline_ms: float | None, headers: Mapping[str, str]) -> float | None:
+        param = "deadline_ms"
+        if deadline_ms is None and (text := headers.get(DEADLINE_HEADER)) is not None:
+            deadline_ms, param = _number(text, DEADLINE_HEADER), DEADLINE_HEADER
         if deadline_ms is None:
             return None
         if not 1 <= deadline_ms <= self._longest_ms:
             raise InvalidInput(
-                f"deadline_ms is {deadline_ms!s:.40}, allowed is 1 to {self._longest_ms}",
-                param="deadline_ms",
+                f"{param} is {deadline_ms!s:.40}, allowed is 1 to {self._longest_ms}", param=param
             )
         return deadline_ms / 1000
 
@@ -82,12 +77,44 @@ class ControlDesk:
         if asked.threshold is not None:
             return self._at_threshold(asked.threshold, "threshold")
         if asked.speedup is not None:
+            if asked.max_accuracy_drop is not None:
+                raise InvalidInput(
+                    "speedup and max_accuracy_drop exclude each other; allowed is one of them",
+                    param="max_accuracy_drop",
+                )
             return self._at_speedup(asked.speedup, "speedup")
+        if asked.max_accuracy_drop is not None:
+            return self._at_speedup(self._within_drop(asked.max_accuracy_drop), "speedup")
         if (text := headers.get(THRESHOLD_HEADER)) is not None:
             return self._at_threshold(_number(text, THRESHOLD_HEADER), THRESHOLD_HEADER)
         if (text := headers.get(SPEEDUP_HEADER)) is not None:
             return self._at_speedup(_number(text, SPEEDUP_HEADER), SPEEDUP_HEADER)
         return self._at_speedup(self._model.default_speedup, "speedup")
+
+    def _within_drop(self, drop: float) -> float:
+        """The largest speed-up that may be asked for and whose accuracy, on the rows of
+        calibration, is at most `drop` below that of full depth."""
+        if not 0.0 <= drop <= 1.0:  # false for NaN as well
+            raise InvalidInput(
+                f"max_accuracy_drop is {drop:g}, allowed is 0 to 1", param="max_accuracy_drop"
+            )
+        model = self._model
+        if model.table is None:
+            return model.min_speedup
+        points = model.table.points
+        least = points[0].accuracy - drop - _ROUNDING
+        fits = [
+            point.speedup
+            for point in points
+            if point.accuracy >= least and point.speedup <= model.max_speedup
+        ]
+        if max(fits) < model.min_speedup:
+            raise InvalidInput(
+                f"max_accuracy_drop {drop:g} allows no speed-up from {model.min_speedup:g} on, "
+                "which is the least that is served",
+                param="max_accuracy_drop",
+            )
+        return max(fits)
 
     def _at_speedup(self, speedup: float, param: str) -> tuple[float, ExitCounts, float]:
         model = self._model

@@ -2,6 +2,7 @@
 
     ServiceError
     ├── InvalidInput        400 · 404 · 413 · 422   the client has to change the request
+    │   └── EmptyInput      400                     there is nothing to classify
     ├── ClientGone          499                     counted, never sent
     ├── EngineFailed        500                     the model broke on this batch
     ├── Overloaded          429 + Retry-After       load: the same request may fit in a moment
@@ -56,6 +57,13 @@ class InvalidInput(ServiceError):
         self.status = status
         self.kind = self._kinds[status]
         self.reason = reason
+
+
+class EmptyInput(InvalidInput):
+    """There is nothing to classify."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, status=400)
 
 
 class ClientGone(ServiceError):

@@ -7,6 +7,7 @@ series is fixed. Gauges of the queue are read from the queue when somebody scrap
 It knows nothing about HTTP, threads or tensors; whoever sees an event calls the method.
 """
 
+import time
 from bisect import bisect_right
 from collections import Counter as Tally
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from offramp_service.errors import Reason
 from offramp_service.jobs import DispatchReason, ExitReason
 
-CODES = (200, 400, 404, 413, 422, 429, 499, 500, 503, 504)
+CODES = (200, 400, 404, 413, 422, 424, 429, 499, 500, 503, 504)
 SECONDS = (
     *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05),
     *(0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
@@ -37,6 +38,26 @@ class QueueView:
     layer_work: Callable[[], float]
 
 
+@dataclass(slots=True)
+class Outcomes:
+    """Requests by how they ended, with their seconds; `last_good` in seconds since the epoch."""
+
+    good: int = 0
+    good_s: float = 0.0
+    bad: int = 0
+    bad_s: float = 0.0
+    last_good: float = 0.0
+
+    def add(self, *, good: bool, seconds: float) -> None:
+        if good:
+            self.good += 1
+            self.good_s += seconds
+            self.last_good = time.time()
+        else:
+            self.bad += 1
+            self.bad_s += seconds
+
+
 class Metrics:
     """All metrics of one served model."""
 
@@ -51,6 +72,7 @@ class Metrics:
     ) -> None:
         self.registry = registry
         self._num_layers = num_layers
+        self._outcomes = Outcomes()
         self._model = {"model_name": model_name, "model_version": model_version}
         self._make_request_metrics(routes)
         self._make_exit_metrics()
@@ -154,6 +176,7 @@ class Metrics:
     def request_done(self, route: str, code: int, seconds: float) -> None:
         self._requests[route, code].inc()
         self._request_s.observe(seconds)
+        self._outcomes.add(good=code == 200, seconds=seconds)
 
     def request_failed(self, reason: Reason) -> None:
         self._failures[reason].inc()
@@ -197,6 +220,36 @@ class Metrics:
 
     def engine_worked(self, seconds: float) -> None:
         self._busy_s.inc(seconds)
+
+    # -- Triton's statistics -----------------------------------------------------------------
+
+    def statistics(self) -> dict[str, Any]:
+        """The same counts under the names of the Open Inference Protocol's extension: requests
+        that succeeded and failed; texts that waited and were computed; batches. Durations are
+        sums, in nanoseconds."""
+        nothing = {"count": 0, "ns": 0}
+        return {
+            "last_inference": int(self._outcomes.last_good * 1000),
+            "inference_count": int(self._total("samples_total")),
+            "execution_count": int(self._total("batch_size_count")),
+            "inference_stats": {
+                "success": _count(self._outcomes.good, self._outcomes.good_s),
+                "fail": _count(self._outcomes.bad, self._outcomes.bad_s),
+                "queue": self._durations("queue_duration_seconds"),
+                "compute_input": self._durations("tokenization_duration_seconds"),
+                "compute_infer": self._durations("inference_duration_seconds"),
+                "compute_output": nothing,
+                "cache_hit": nothing,
+                "cache_miss": nothing,
+            },
+            "batch_stats": [],
+        }
+
+    def _durations(self, name: str) -> dict[str, int]:
+        return _count(self._total(f"{name}_count"), self._total(f"{name}_sum"))
+
+    def _total(self, name: str) -> float:
+        return self.registry.get_sample_value(f"offramp_{name}", self._model) or 0.0
 
     # -- gauges ------------------------------------------------------------------------------
 
@@ -244,3 +297,7 @@ class Metrics:
 
     def _seconds(self, name: str, text: str) -> Any:
         return self._histogram(name, text, SECONDS)
+
+
+def _count(count: float, seconds: float) -> dict[str, int]:
+    return {"count": int(count), "ns": int(seconds * 1e9)}

@@ -17,7 +17,7 @@ from offramp_model.rows import Encoding
 from offramp_model.tokenizer import InputTooLong, Side, Text, TextTokenizer
 from offramp_service.batcher import Batcher, ClientBatch
 from offramp_service.controls import ControlDesk
-from offramp_service.errors import InvalidInput, Overloaded
+from offramp_service.errors import EmptyInput, InvalidInput, Overloaded
 from offramp_service.jobs import Controls, Job, TimedAnswer
 from offramp_service.lifecycle import Lifecycle
 from offramp_service.metrics import Metrics
@@ -89,7 +89,7 @@ class Pipeline:
         """
         most = self.settings.max_client_batch_size
         if count == 0:
-            raise InvalidInput(f"{param} is empty", param=param, status=400)
+            raise EmptyInput(f"{param} is empty", param=param)
         if count > most:
             raise InvalidInput(
                 f"{param} has {count} texts, at most {most} are allowed", param=param, status=413
@@ -114,7 +114,7 @@ class Pipeline:
         started = time.perf_counter()
         for index, text in enumerate(texts):
             if not (text if isinstance(text, str) else text[0] and text[1]):
-                raise InvalidInput(f"{place.of(index)} is empty", param=place.of(index), status=400)
+                raise EmptyInput(f"{place.of(index)} is empty", param=place.of(index))
         encode = partial(
             self._tokenize, texts, place, cut=cut, add_special_tokens=add_special_tokens
         )
@@ -139,7 +139,7 @@ class Pipeline:
         for index, ids in enumerate(texts):
             where = place.of(index)
             if not ids:
-                raise InvalidInput(f"{where} is empty", param=where, status=400)
+                raise EmptyInput(f"{where} is empty", param=where)
             ids = self.fit(ids, where, cut=cut)
             if not 0 <= min(ids) <= max(ids) <= largest:
                 wrong = next(one for one in ids if not 0 <= one <= largest)
@@ -164,18 +164,22 @@ class Pipeline:
         return ids
 
     async def answer(
-        self, batch: ClientBatch, encodings: Sequence[Encoding], controls: Controls
+        self, batch: ClientBatch, encodings: Sequence[Encoding], controls: Sequence[Controls]
     ) -> list[TimedAnswer]:
-        """Queue, wait, and count what the request got.
+        """Queue, wait, and count what the request got; each text has controls of its own.
 
         Raises:
             ServiceError: see `Batcher.submit`.
         """
-        jobs = [Job(one.ids, one.type_ids, controls) for one in encodings]
+        pairs = zip(encodings, controls, strict=True)
+        jobs = [Job(one.ids, one.type_ids, asked) for one, asked in pairs]
         answers = await self.batcher.submit(batch, jobs)
-        if controls.speedup is not None:
-            layers_run = sum(one.answer.exit_layer for one in answers)
-            self.metrics.speedup_given(controls.speedup, len(answers), layers_run)
+        layers: dict[float, list[int]] = {}
+        for asked, timed in zip(controls, answers, strict=True):
+            if asked.speedup is not None:
+                layers.setdefault(asked.speedup, []).append(timed.answer.exit_layer)
+        for speedup, run in layers.items():
+            self.metrics.speedup_given(speedup, len(run), sum(run))
         return answers
 
     async def _in_worker(

@@ -154,6 +154,11 @@ class Settings(BaseSettings):
         PositiveInt, Field(description="504 for answers that take longer")
     ] = 30_000
 
+    # compatibility
+    tei_strict: Annotated[
+        bool, Field(description="TEI's status codes on /predict where ours differ")
+    ] = False
+
     # observability
     json_output: Annotated[bool, Field(description="log JSON lines")] = False
     log_level: LogLevel = "info"

@@ -5,10 +5,9 @@ Differences from vLLM, on purpose: unknown fields are ignored but named in the r
 for (by `truncate_prompt_tokens` or the server's `--auto-truncate`).
 """
 
-import math
-import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 from fastapi import APIRouter, Request
@@ -16,34 +15,35 @@ from starlette.responses import Response
 
 from offramp_model.rows import Encoding
 from offramp_model.tokenizer import Text
-from offramp_service.controls import Asked
 from offramp_service.errors import InvalidInput
-from offramp_service.jobs import Controls, TimedAnswer
 from offramp_service.pipeline import Cut, Pipeline, Place
 from offramp_service.routes.door import (
     Call,
     LeanRoute,
+    Outcome,
     ReadBody,
+    Wording,
+    check_model,
     check_request_id,
+    classify,
     door,
-    response_headers,
 )
-from offramp_service.schemas import (
+from offramp_service.routes.scores import best, check_top_k, scores
+from offramp_service.schemas import openapi
+from offramp_service.schemas.reading import encode_json
+from offramp_service.schemas.shared import Activation
+from offramp_service.schemas.vllm import (
     ClassifyRequest,
     ClassifyResponse,
-    Details,
+    ErrorResponse,
     Item,
-    Timings,
     Usage,
-    encode_json,
     error_body,
-    openapi,
     read_request,
 )
 
 PATHS = ("/classify", "/v1/classify")
-
-_SPEAKABLE = re.compile(r"[\w.-]{1,40}", re.ASCII)
+WORDING = Wording(error_body)
 
 
 def router(pipeline: Pipeline) -> APIRouter:
@@ -52,12 +52,12 @@ def router(pipeline: Pipeline) -> APIRouter:
     for path in PATHS:
         routes.add_api_route(
             path,
-            door(pipeline, path, _Classify(pipeline).handle, error_body),
+            door(pipeline, path, _Classify(pipeline).handle, WORDING),
             methods=["POST"],
             name=path.strip("/"),
             summary="Classify texts (vLLM's format)",
             response_model=None,
-            openapi_extra=openapi(ClassifyRequest, ClassifyResponse),
+            openapi_extra=openapi.of_question(ClassifyRequest, ErrorResponse, ClassifyResponse),
         )
     return routes
 
@@ -70,61 +70,32 @@ class _Classify:
         asked, ignored = read_request(await read_body())
         if asked.request_id is not None:
             call.request_id = check_request_id(asked.request_id)
-        self._check_model(asked.model)
-        controls = self._controls(asked, request)
-        if controls.deadline_s is not None:
-            call.within(controls.deadline_s)
+        check_model(self._pipeline, asked.model)
+        check_top_k(asked.top_k)
+        controls = self._pipeline.controls.resolve(asked, request.headers)
         place = Place("input", _is_list(asked))
         count = len(asked.input) if place.is_list else 1
-        with self._pipeline.admit(count, place.field, call.request_id) as batch:
-            started = time.perf_counter()
-            encodings = await self._encode(asked, place)
-            tokenization_s = time.perf_counter() - started
-            asked.input = ""  # all that was needed of it is in the encodings
-            answers = await self._pipeline.answer(batch, encodings, controls)
-        tokens = sum(len(one) for one in encodings)
-        headers = response_headers(
-            self._pipeline,
-            call,
-            answers,
-            is_list=place.is_list,
-            threshold=controls.threshold,
-            tokens=tokens,
-            tokenization_s=tokenization_s,
-        )
-        if ignored:
-            headers["x-ignored-fields"] = _names(ignored)
+        encode = partial(self._encode, asked, place)
+        outcome = await classify(self._pipeline, call, place, [controls] * count, encode)
         content = ClassifyResponse(
             id=f"classify-{call.request_id}",
             created=int(time.time()),
             model=self._pipeline.model.name,
-            data=self._items(asked, controls, answers, tokenization_s),
-            usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
+            data=self._items(asked, outcome),
+            usage=Usage(prompt_tokens=outcome.tokens, total_tokens=outcome.tokens),
         )
+        headers = outcome.headers(call, is_list=place.is_list, ignored=ignored)
         return Response(encode_json(content), headers=headers, media_type="application/json")
 
-    def _check_model(self, name: str | None) -> None:
-        served = self._pipeline.model.name
-        if name is not None and name != served:
-            raise InvalidInput(
-                f"model {name[:80]!r} is not served here, {served!r} is",
-                param="model",
-                status=404,
-            )
-
-    def _controls(self, asked: ClassifyRequest, request: Request) -> Controls:
-        wanted = Asked(
-            asked.speedup, asked.threshold, asked.min_layer, asked.max_layer, asked.deadline_ms
-        )
-        return self._pipeline.controls.resolve(wanted, request.headers)
-
     async def _encode(self, asked: ClassifyRequest, place: Place) -> list[Encoding]:
-        """The request's texts as tokens, whichever of the four shapes they came in."""
+        """The request's texts as tokens, whichever of the four shapes they came in. All that is
+        needed of them is in there; they may be large, so the request lets go of them."""
         cut = self._cut(asked)
         given: Sequence[object] = [asked.input] if isinstance(asked.input, str) else asked.input
         if isinstance(asked.input, list) and not place.is_list:
             # Token ids of one text may be a million: their number is checked before they are.
             given = self._pipeline.fit(cast(list[int], asked.input), place.field, cut=cut)
+        asked.input = ""
         kind = _kind(given)
         if kind is str:
             texts = _pair(cast(list[str], given), asked.text_pair, place)
@@ -163,27 +134,17 @@ class _Classify:
             return 0
         return self._pipeline.specials(pair=asked.text_pair is not None)
 
-    def _items(
-        self,
-        asked: ClassifyRequest,
-        controls: Controls,
-        answers: Sequence[TimedAnswer],
-        tokenization_s: float,
-    ) -> list[Item]:
+    def _items(self, asked: ClassifyRequest, outcome: Outcome) -> list[Item]:
         labels = self._pipeline.model.config.labels
+        activation: Activation | None = "none" if asked.use_activation is False else None
         items = []
-        for index, timed in enumerate(answers):
-            answer = timed.answer
-            scores = answer.logits if asked.use_activation is False else answer.probs
-            item = Item(index, labels[answer.label], scores, len(labels))
+        for index, timed in enumerate(outcome.answers):
+            values = scores(timed.answer, activation)
+            item = Item(index, labels[timed.answer.label], values, len(labels))
+            if asked.top_k is not None:
+                item.top = best(labels, values, asked.top_k)
             if asked.return_details:
-                item.details = Details(
-                    exit_layer=answer.exit_layer,
-                    num_layers=self._pipeline.model.num_layers,
-                    exit_signal=_finite(answer.signal),
-                    threshold=_finite(controls.threshold),
-                    timings_ms=_timings(timed, tokenization_s),
-                )
+                item.details = outcome.details(index)
             items.append(item)
         return items
 
@@ -218,20 +179,3 @@ def _pair(texts: list[str], second: str | list[str] | None, place: Place) -> Seq
             param="text_pair",
         )
     return list(zip(texts, others, strict=True))
-
-
-def _timings(timed: TimedAnswer, tokenization_s: float) -> Timings:
-    total = tokenization_s + timed.queue_s + timed.inference_s
-    parts = (tokenization_s, timed.queue_s, timed.inference_s, total)
-    return Timings(*(round(seconds * 1000, 3) for seconds in parts))
-
-
-def _finite(number: float) -> float | None:
-    """JSON has no infinity: null stands for "never early"."""
-    return number if math.isfinite(number) else None
-
-
-def _names(ignored: list[str]) -> str:
-    """Fit for a header: a few names, and only harmless ones."""
-    names = [name if _SPEAKABLE.fullmatch(name) else "?" for name in ignored[:10]]
-    return ", ".join(names) + (", ..." if len(ignored) > 10 else "")

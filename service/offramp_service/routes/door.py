@@ -1,16 +1,18 @@
-"""What every door does around its own format: room, body, clock, request id, error style.
+"""What every door does around its own format: room, body, clock, request id, error style, headers.
 
 It knows HTTP and the pipeline's life cycle, and nothing of any door's bodies.
 """
 
 import asyncio
 import logging
+import math
 import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,15 +21,27 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 from starlette.types import Receive
 
+from offramp_model.rows import Encoding
 from offramp_service.errors import ClientGone, DeadlineExceeded, InvalidInput, ServiceError
-from offramp_service.jobs import TimedAnswer
-from offramp_service.pipeline import Pipeline
+from offramp_service.jobs import Controls, TimedAnswer
+from offramp_service.pipeline import Pipeline, Place
+from offramp_service.schemas.shared import Details, Timings
 
 log = logging.getLogger(__name__)
 
 CALL = "offramp.call"  # key of the Call in the ASGI scope
+WORDING = "offramp.wording"  # of the door's, for routes that only tell
 
+_SPEAKABLE = re.compile(r"[\w.-]{1,60}", re.ASCII)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """How a door speaks of errors: their body, and their status code."""
+
+    body: Callable[[ServiceError], bytes]
+    status: Callable[[ServiceError], int] = attrgetter("status")
 
 
 @dataclass(slots=True)
@@ -36,7 +50,7 @@ class Call:
 
     route: str
     request_id: str
-    error_body: Callable[[ServiceError], bytes]
+    wording: Wording
     started: float
     patience: "Patience"
 
@@ -67,7 +81,7 @@ class LeanRoute(APIRoute):
 
 
 def door(
-    pipeline: Pipeline, route: str, handle: Handler, error_body: Callable[[ServiceError], bytes]
+    pipeline: Pipeline, route: str, handle: Handler, wording: Wording
 ) -> Callable[[Request], Coroutine[Any, Any, Response]]:
     """The endpoint around a door's handler. Errors pass through to the app's one handler."""
     limit = pipeline.settings.payload_limit
@@ -80,7 +94,7 @@ def door(
 
     async def endpoint(request: Request) -> Response:
         patience = Patience(timeout_s)
-        call = Call(route, request_id(request), error_body, time.perf_counter(), patience)
+        call = Call(route, request_id(request), wording, time.perf_counter(), patience)
         request.scope[CALL] = call
         pipeline.lifecycle.enter()
         try:
@@ -97,6 +111,123 @@ def door(
         return response
 
     return endpoint
+
+
+def teller(
+    tell: Callable[[Request], Awaitable[Response]], wording: Wording
+) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    """The endpoint around a route that only tells, and costs nothing to speak of."""
+
+    async def endpoint(request: Request) -> Response:
+        request.scope[WORDING] = wording
+        return await tell(request)
+
+    return endpoint
+
+
+async def classify(
+    pipeline: Pipeline,
+    call: Call,
+    place: Place,
+    controls: Sequence[Controls],
+    encode: Callable[[], Awaitable[Sequence[Encoding]]],
+) -> "Outcome":
+    """What every door asks of the pipeline: room for the texts, one `Controls` each; their tokens,
+    from `encode`; their answers.
+
+    Raises:
+        ServiceError: see `Pipeline`.
+    """
+    deadlines = [one.deadline_s for one in controls if one.deadline_s is not None]
+    if deadlines:
+        call.within(min(deadlines))
+    with pipeline.admit(len(controls), place.field, call.request_id) as batch:
+        started = time.perf_counter()
+        encodings = await encode()
+        tokenization_s = time.perf_counter() - started
+        answers = await pipeline.answer(batch, encodings, controls)
+    tokens = sum(len(one) for one in encodings)
+    return Outcome(answers, controls, tokens, tokenization_s, pipeline.model.num_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of the texts of one request."""
+
+    answers: Sequence[TimedAnswer]
+    controls: Sequence[Controls]
+    tokens: int
+    tokenization_s: float
+    num_layers: int
+
+    @property
+    def layers_run(self) -> int:
+        return sum(one.answer.exit_layer for one in self.answers)
+
+    @property
+    def speedup_achieved(self) -> float:
+        return self.num_layers * len(self.answers) / self.layers_run
+
+    def details(self, index: int) -> Details:
+        """How a text left."""
+        timed = self.answers[index]
+        return Details(
+            exit_layer=timed.answer.exit_layer,
+            num_layers=self.num_layers,
+            exit_signal=_finite(timed.answer.signal),
+            threshold=_finite(self.controls[index].threshold),
+            timings_ms=self._timings(timed),
+        )
+
+    def _timings(self, timed: TimedAnswer) -> Timings:
+        total = self.tokenization_s + timed.queue_s + timed.inference_s
+        parts = (self.tokenization_s, timed.queue_s, timed.inference_s, total)
+        return Timings(*(round(seconds * 1000, 3) for seconds in parts))
+
+    def headers(self, call: Call, *, is_list: bool, ignored: Sequence[str] = ()) -> dict[str, str]:
+        """TEI's timing headers and ours, on every door; a batch gives means. `ignored` are fields
+        of the request that nobody knows."""
+        count = len(self.answers)
+        thresholds = {one.threshold for one in self.controls}
+        headers = {
+            "x-request-id": call.request_id,
+            "x-compute-tokens": str(self.tokens),
+            "x-total-time": _milliseconds(call.seconds),
+            "x-tokenization-time": _milliseconds(self.tokenization_s),
+            "x-queue-time": _milliseconds(sum(one.queue_s for one in self.answers) / count),
+            "x-inference-time": _milliseconds(sum(one.inference_s for one in self.answers) / count),
+            "x-speedup-achieved": f"{self.speedup_achieved:.2f}",
+        }
+        if is_list:
+            headers["x-exit-layer-mean"] = f"{self.layers_run / count:.2f}"
+        else:
+            headers["x-exit-layer"] = str(self.layers_run)
+        if len(thresholds) == 1:  # texts of one request may differ
+            headers["x-exit-threshold"] = f"{thresholds.pop():.6g}"
+        if ignored:
+            headers["x-ignored-fields"] = _names(ignored)
+        return headers
+
+
+def check_model(pipeline: Pipeline, name: str | None, version: str | None = None) -> None:
+    """Is this the model that is served? None asks for whichever is.
+
+    Raises:
+        InvalidInput: it is not.
+    """
+    served = pipeline.model
+    if name is not None and name != served.name:
+        raise InvalidInput(
+            f"model {name[:80]!r} is not served here, {served.name!r} is",
+            param="model",
+            status=404,
+        )
+    if version is not None and version != served.version:
+        raise InvalidInput(
+            f"version {version[:80]!r} is not served here, {served.version!r} is",
+            param="version",
+            status=404,
+        )
 
 
 class Patience:
@@ -196,36 +327,16 @@ def departure(receive: Receive) -> Callable[[], Coroutine[Any, Any, None]]:
     return gone
 
 
-def response_headers(
-    pipeline: Pipeline,
-    call: Call,
-    answers: Sequence[TimedAnswer],
-    *,
-    is_list: bool,
-    threshold: float,
-    tokens: int,
-    tokenization_s: float,
-) -> dict[str, str]:
-    """TEI's timing headers and ours, on every door; a batch gives means."""
-    count = len(answers)
-    layers_run = sum(one.answer.exit_layer for one in answers)
-    exit_layer = (
-        {"x-exit-layer-mean": f"{layers_run / count:.2f}"}
-        if is_list
-        else {"x-exit-layer": str(layers_run)}
-    )
-    return {
-        "x-request-id": call.request_id,
-        "x-compute-tokens": str(tokens),
-        "x-total-time": _milliseconds(call.seconds),
-        "x-tokenization-time": _milliseconds(tokenization_s),
-        "x-queue-time": _milliseconds(sum(one.queue_s for one in answers) / count),
-        "x-inference-time": _milliseconds(sum(one.inference_s for one in answers) / count),
-        **exit_layer,
-        "x-speedup-achieved": f"{pipeline.model.num_layers * count / layers_run:.2f}",
-        "x-exit-threshold": f"{threshold:.6g}",
-    }
-
-
 def _milliseconds(seconds: float) -> str:
     return str(round(seconds * 1000))
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no infinity: null stands for "never early"."""
+    return number if math.isfinite(number) else None
+
+
+def _names(ignored: Sequence[str]) -> str:
+    """Fit for a header: a few names, and only harmless ones."""
+    names = [name if _SPEAKABLE.fullmatch(name) else "?" for name in ignored[:10]]
+    return ", ".join(names) + (", ..." if len(ignored) > 10 else "")

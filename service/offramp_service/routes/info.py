@@ -17,7 +17,7 @@ from offramp_model.cost import StepTable
 from offramp_model.policies import threshold_range
 from offramp_service.pipeline import Pipeline
 from offramp_service.scheduler import Scheduler
-from offramp_service.schemas import encode_json
+from offramp_service.schemas.reading import encode_json
 
 
 def router(pipeline: Pipeline) -> APIRouter:
@@ -97,6 +97,7 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         "threshold": {"min": least, "max": most, "direction": model.policy.direction},
         "calibration": _calibration(model.table) if model.table else None,
         "layer_cost": _costs(costs) if (costs := pipeline.batcher.scheduler.costs) else None,
+        "tei_strict": settings.tei_strict,
         "group_batches": settings.group_batches,
         "backlog_merging": _merging(pipeline.batcher.scheduler),
     }

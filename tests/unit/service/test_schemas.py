@@ -6,11 +6,12 @@ import tracemalloc
 import pytest
 
 from offramp_service.errors import InvalidInput, Overloaded
-from offramp_service.schemas import (
+from offramp_service.schemas.openapi import of_question
+from offramp_service.schemas.vllm import (
     ClassifyRequest,
     ClassifyResponse,
+    ErrorResponse,
     error_body,
-    openapi,
     read_request,
 )
 
@@ -119,7 +120,7 @@ def test_the_error_body() -> None:
 
 
 def test_the_document_describes_both_bodies() -> None:
-    document = openapi(ClassifyRequest, ClassifyResponse)
+    document = of_question(ClassifyRequest, ErrorResponse, ClassifyResponse)
     asked = document["requestBody"]["content"]["application/json"]["schema"]
     assert asked["required"] == ["input"]
     assert "speedup" in asked["properties"]

@@ -1,0 +1,186 @@
+"""What V2 clients ask beside inference: server, model, statistics, configuration, index; and the
+two questions of KServe's V1. They only tell.
+"""
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from offramp_service.errors import NotReady
+from offramp_service.pipeline import Pipeline
+from offramp_service.routes.door import LeanRoute, check_model, teller
+from offramp_service.routes.infer import WORDING
+from offramp_service.schemas.reading import encode_json
+from offramp_service.served_model import ServedModel
+
+EXTENSIONS = (
+    "classification",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+    "model_configuration",
+    "model_repository",
+)
+PLATFORM = "offramp"
+
+_TRITON_TYPES = {"BYTES": "TYPE_STRING"}
+
+
+def router(pipeline: Pipeline, *, live: Callable[[], bool], ready: Callable[[], bool]) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(route_class=LeanRoute, tags=["v2"])
+    told = _Told(pipeline, live, ready)
+
+    def add(path: str, tell: Any, *, method: str = "GET") -> None:
+        name = path.strip("/").replace("/", "_").replace("{", "").replace("}", "")
+        names = [one for one in ("model", "version") if f"{{{one}}}" in path]
+        routes.add_api_route(
+            path,
+            teller(tell, WORDING),
+            methods=[method],
+            name=name,
+            response_model=None,
+            openapi_extra={
+                "parameters": [
+                    {"name": one, "in": "path", "required": True, "schema": {"type": "string"}}
+                    for one in names
+                ],
+                "responses": {
+                    "200": {"description": "Yes, or what was asked for"},
+                    "404": {"description": "Unknown model"},
+                    "503": {"description": "Not now"},
+                },
+            },
+        )
+
+    add("/v2", told.server)
+    add("/v2/health/live", told.live)
+    add("/v2/health/ready", told.ready)
+    add("/v2/models", told.models)
+    add("/v2/models/stats", told.statistics)
+    add("/v2/repository/index", told.index, method="POST")
+    for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        add(path, told.model)
+        add(f"{path}/ready", told.model_ready)
+        add(f"{path}/stats", told.statistics)
+        add(f"{path}/config", told.configuration)
+    add("/v1/models/{model}", told.model_v1)
+    add("/", told.alive_v1)
+    return routes
+
+
+class _Told:
+    def __init__(
+        self, pipeline: Pipeline, live: Callable[[], bool], ready: Callable[[], bool]
+    ) -> None:
+        self._pipeline, self._live, self._ready = pipeline, live, ready
+
+    async def server(self, _: Request) -> Response:
+        return _json(
+            {"name": PLATFORM, "version": version("offramp"), "extensions": list(EXTENSIONS)}
+        )
+
+    async def live(self, _: Request) -> Response:
+        alive = self._live() or not self._pipeline.lifecycle.started
+        return _json({"live": alive}, 200 if alive else 503)
+
+    async def ready(self, _: Request) -> Response:
+        ready = self._ready()
+        return _json({"ready": ready}, 200 if ready else 503)
+
+    async def models(self, _: Request) -> Response:
+        return _json({"models": [self._pipeline.model.name]})
+
+    async def index(self, _: Request) -> Response:
+        model = self._pipeline.model
+        state = "READY" if self._ready() else "UNAVAILABLE"
+        return _json([{"name": model.name, "version": model.version, "state": state, "reason": ""}])
+
+    async def model(self, request: Request) -> Response:
+        self._check(request)
+        return _json(metadata(self._pipeline.model))
+
+    async def model_ready(self, request: Request) -> Response:
+        self._check(request)
+        ready = self._ready()
+        body = {"name": self._pipeline.model.name, "ready": ready}
+        return _json(body, 200 if ready else 503)
+
+    async def statistics(self, request: Request) -> Response:
+        self._check(request)
+        model = self._pipeline.model
+        found = self._pipeline.metrics.statistics()
+        return _json({"model_stats": [{"name": model.name, "version": model.version, **found}]})
+
+    async def configuration(self, request: Request) -> Response:
+        self._check(request)
+        return _json(configuration(self._pipeline.model))
+
+    async def model_v1(self, request: Request) -> Response:
+        self._check(request)
+        if not self._ready():
+            raise NotReady("the server is starting or shutting down")
+        return _json({"name": self._pipeline.model.name, "ready": True})
+
+    async def alive_v1(self, _: Request) -> Response:
+        return _json({"status": "alive"})
+
+    def _check(self, request: Request) -> None:
+        model, version_ = request.path_params.get("model"), request.path_params.get("version")
+        check_model(self._pipeline, model, version_)
+
+
+def metadata(model: ServedModel) -> dict[str, Any]:
+    """Name, versions and tensors; -1 is a size that varies."""
+    return {
+        "name": model.name,
+        "versions": [model.version],
+        "platform": PLATFORM,
+        "inputs": [_tensor(*one) for one in _INPUTS],
+        "outputs": [_tensor(*one) for one in _outputs(model)],
+    }
+
+
+def configuration(model: ServedModel) -> dict[str, Any]:
+    """Triton's model configuration, as far as its tools read it. Batches are formed from single
+    texts, so there is no batch dimension to declare."""
+    return {
+        "name": model.name,
+        "platform": PLATFORM,
+        "backend": PLATFORM,
+        "max_batch_size": 0,
+        "input": [_configured(*one) for one in _INPUTS],
+        "output": [_configured(*one) for one in _outputs(model)],
+        "instance_group": [{"name": f"{model.name}_0", "count": 1, "kind": _KINDS[model.device]}],
+        "model_transaction_policy": {"decoupled": False},
+    }
+
+
+_INPUTS = (("text", "BYTES", [-1]), ("speedup", "FP32", [-1]))
+_KINDS = {"cpu": "KIND_CPU", "cuda": "KIND_GPU"}
+
+
+def _outputs(model: ServedModel) -> list[tuple[str, str, list[int]]]:
+    labels = len(model.config.labels)
+    return [
+        ("logits", "FP32", [-1, labels]),
+        ("probabilities", "FP32", [-1, labels]),
+        ("label", "BYTES", [-1]),
+        ("exit_layer", "INT32", [-1]),
+    ]
+
+
+def _tensor(name: str, datatype: str, shape: list[int]) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": shape}
+
+
+def _configured(name: str, datatype: str, shape: list[int]) -> dict[str, Any]:
+    kind = _TRITON_TYPES.get(datatype, f"TYPE_{datatype}")
+    return {"name": name, "data_type": kind, "dims": shape, "optional": name == "speedup"}
+
+
+def _json(content: object, status: int = 200) -> Response:
+    return Response(encode_json(content), status, media_type="application/json")

@@ -1,0 +1,73 @@
+"""What FastAPI cannot see of routes that read and write their own bodies: their JSON schemas."""
+
+from typing import Any
+
+import msgspec
+
+MEANINGS = {
+    "400": "Malformed or empty",
+    "404": "Unknown model",
+    "413": "Body too large or too many texts",
+    "422": "A value or a length is not allowed",
+    "429": "Queue full; see Retry-After",
+    "500": "The model failed",
+    "503": "Starting or shutting down; see Retry-After",
+    "504": "No answer in time",
+}
+
+
+def of_question(
+    request: type, failure: type, *answers: Any, also: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """A route that answers a body, in one of several forms; `also` are status codes beside the
+    usual ones."""
+    asked, failed, *answered = _schemas(request, failure, *answers)
+    # Unknown fields are ignored, not refused (see `Reader`).
+    body = _open(asked)
+    return {
+        "requestBody": {"required": True, "content": _json(body)},
+        "responses": {
+            "200": {
+                "description": "Answers in the order of the texts",
+                "content": _json(answered[0] if len(answered) == 1 else {"anyOf": answered}),
+            },
+            **_failures(MEANINGS | (also or {}), failed),
+        },
+    }
+
+
+def _failures(meanings: dict[str, str], failed: Any) -> dict[str, Any]:
+    return {
+        code: {"description": text, "content": _json(failed)} for code, text in meanings.items()
+    }
+
+
+def _json(schema: Any) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
+
+
+def _open(schema: Any) -> Any:
+    """Objects with named fields may have others."""
+    if isinstance(schema, dict):
+        opened = {key: _open(value) for key, value in schema.items()}
+        return opened | {"additionalProperties": True} if "properties" in opened else opened
+    return [_open(one) for one in schema] if isinstance(schema, list) else schema
+
+
+def _schemas(*kinds: Any) -> list[Any]:
+    """Schemas with references resolved in place: FastAPI has no room for foreign components."""
+    schemas, components = msgspec.json.schema_components(
+        kinds, ref_template="#/components/schemas/{name}"
+    )
+
+    def inline(value: Any) -> Any:
+        if isinstance(value, list):
+            return [inline(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        reference = value.get("$ref")
+        if isinstance(reference, str):
+            return inline(components[reference.rpartition("/")[2]])
+        return {key: inline(one) for key, one in value.items()}
+
+    return [inline(one) for one in schemas]

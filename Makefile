@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 PACKAGES := model kernels training service
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow test-gpu check lint types imports spelling format \
+.PHONY: help install serve test test-slow test-gpu test-kserve check lint types imports spelling format \
         quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-service results-quickstart results-sst2 results-objectives clean
 
 help: ## this list
@@ -42,6 +42,11 @@ test-slow: $(INSTALLED) ## the tests that take minutes: the quickstart as a newc
 
 test-gpu: $(INSTALLED) ## kernels and engine on a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+test-kserve: $(INSTALLED) $(QUICKSTART)/offramp.json ## KServe's own client, in an environment of its own, against the quickstart server
+	test -x $(VENV)-kserve/bin/python || $(PYTHON) -m venv $(VENV)-kserve
+	$(VENV)-kserve/bin/python -m pip --quiet --disable-pip-version-check install kserve==0.21.0
+	$(BIN)/python tests/clients/kserve_client.py --server $(QUICKSTART) --client $(VENV)-kserve/bin/python
 
 check: lint types imports spelling test ## everything that must hold before a change goes in
 

@@ -1,10 +1,20 @@
-"""Fixtures of the training tests, for tests that go on to serve what was trained."""
+"""Fixtures of the training tests, for tests that go on to serve what was trained; and a tiny random
+checkpoint behind the whole application."""
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import httpx
 import pytest
+from asgi_lifespan import LifespanManager
+from fastapi import FastAPI
 
 from loading import load
+from offramp_service.app import create_app
+from offramp_service.settings import Settings
 from offramp_training.config import make_recipe
 from offramp_training.fit import fit
 
@@ -30,3 +40,43 @@ def checkpoint(
         }
     )
     return fit(recipe, tmp_path_factory.mktemp("trained") / "verbs", data=str(data))
+
+
+@pytest.fixture(scope="session")
+def support() -> ModuleType:
+    return load("tests/unit/service/support.py")
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory: pytest.TempPathFactory, support: ModuleType) -> Path:
+    return support.write_tiny_checkpoint(tmp_path_factory.mktemp("service") / "tiny")
+
+
+Running = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
+
+
+@pytest.fixture
+def running(directory: Path) -> Running:
+    """A started application and a client for it."""
+
+    @asynccontextmanager
+    async def start(
+        around: Callable[[FastAPI], None] = lambda _: None, **settings: Any
+    ) -> AsyncIterator[httpx.AsyncClient]:
+        app = create_app(Settings(model_id=directory, threads=1, **settings))
+        around(app)
+        transport = httpx.ASGITransport(app)
+        async with (
+            LifespanManager(app, startup_timeout=30, shutdown_timeout=30),
+            httpx.AsyncClient(transport=transport, base_url="http://tiny") as client,
+        ):
+            client.app = app  # type: ignore[attr-defined]
+            yield client
+
+    return start
+
+
+@pytest.fixture
+async def client(running: Running) -> AsyncIterator[httpx.AsyncClient]:
+    async with running() as client:
+        yield client

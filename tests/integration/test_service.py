@@ -8,7 +8,7 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,10 +16,8 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from asgi_lifespan import LifespanManager
 from fastapi import FastAPI
 
-from loading import load
 from offramp_model.checkpoint import load_checkpoint
 from offramp_model.cost import StepTable
 from offramp_model.recorded import record_exits
@@ -28,45 +26,7 @@ from offramp_service.app import create_app
 from offramp_service.engine import Course
 from offramp_service.settings import Settings
 
-
-@pytest.fixture(scope="module")
-def support() -> ModuleType:
-    return load("tests/unit/service/support.py")
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory, support: ModuleType) -> Path:
-    return support.write_tiny_checkpoint(tmp_path_factory.mktemp("service") / "tiny")
-
-
 Running = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
-
-
-@pytest.fixture
-def running(directory: Path) -> Running:
-    """A started application and a client for it."""
-
-    @asynccontextmanager
-    async def start(
-        around: Callable[[FastAPI], None] = lambda _: None, **settings: Any
-    ) -> AsyncIterator[httpx.AsyncClient]:
-        app = create_app(Settings(model_id=directory, threads=1, **settings))
-        around(app)
-        transport = httpx.ASGITransport(app)
-        async with (
-            LifespanManager(app, startup_timeout=30, shutdown_timeout=30),
-            httpx.AsyncClient(transport=transport, base_url="http://tiny") as client,
-        ):
-            client.app = app  # type: ignore[attr-defined]
-            yield client
-
-    return start
-
-
-@pytest.fixture
-async def client(running: Running) -> AsyncIterator[httpx.AsyncClient]:
-    async with running() as client:
-        yield client
 
 
 class Gate:

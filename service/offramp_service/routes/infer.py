@@ -75,40 +75,25 @@ _KNOWN = frozenset(
 def router(pipeline: Pipeline) -> APIRouter:
     """The door's routes."""
     routes = APIRouter(route_class=LeanRoute, tags=["v2"])
-    for path in INFER_PATHS:
+    model = pipeline.model
+    infer = openapi.of_question(InferRequest, ErrorResponse, InferResponse)
+    predict = openapi.of_question(InstancesRequest, ErrorResponse, PredictionsResponse)
+    for path, name, handle, document in (
+        (INFER_PATHS[0], "infer", _Infer(pipeline).handle, infer),
+        (INFER_PATHS[1], "infer_version", _Infer(pipeline).handle, infer),
+        (PREDICT_PATH, "v1_predict", _Instances(pipeline).handle, predict),
+    ):
+        inside = openapi.path_parameters(path, model=model.name, version=model.version)
         routes.add_api_route(
             path,
-            door(pipeline, path, _Infer(pipeline).handle, WORDING),
+            door(pipeline, path, handle, WORDING),
             methods=["POST"],
-            name="infer" if path == INFER_PATHS[0] else "infer_version",
-            summary="Classify texts (Open Inference Protocol)",
+            name=name,
+            summary="Classify texts (Open Inference Protocol, or KServe's V1)",
             response_model=None,
-            openapi_extra=_with_path(
-                openapi.of_question(InferRequest, ErrorResponse, InferResponse), path
-            ),
+            openapi_extra=document | {"parameters": inside},
         )
-    routes.add_api_route(
-        PREDICT_PATH,
-        door(pipeline, PREDICT_PATH, _Instances(pipeline).handle, WORDING),
-        methods=["POST"],
-        name="v1_predict",
-        summary="Classify texts (KServe V1)",
-        response_model=None,
-        openapi_extra=_with_path(
-            openapi.of_question(InstancesRequest, ErrorResponse, PredictionsResponse), PREDICT_PATH
-        ),
-    )
     return routes
-
-
-def _with_path(document: dict[str, object], path: str) -> dict[str, object]:
-    """The document with what stands in the path."""
-    names = [name for name in ("model", "version") if f"{{{name}}}" in path]
-    parameters = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in names
-    ]
-    return {**document, "parameters": parameters}
 
 
 class _Infer:

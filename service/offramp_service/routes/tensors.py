@@ -200,7 +200,8 @@ def _array(values: list[object], kind: np.dtype[np.generic], where: str) -> NDAr
             place = f"{where}[{index}]"
             raise InvalidInput(f"{place} is {value!s:.40}, allowed is {allowed}", param=place)
     try:
-        return np.array(values, kind)
+        with np.errstate(over="ignore"):  # infinite in FP32; what may be asked for is checked
+            return np.array(values, kind)
     except OverflowError:
         raise InvalidInput(
             f"{where} has a value that its datatype cannot hold", param=where

@@ -2,7 +2,7 @@
 two questions of KServe's V1. They only tell.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -13,6 +13,7 @@ from offramp_service.errors import NotReady
 from offramp_service.pipeline import Pipeline
 from offramp_service.routes.door import LeanRoute, check_model, teller
 from offramp_service.routes.infer import WORDING
+from offramp_service.schemas import openapi
 from offramp_service.schemas.reading import encode_json
 from offramp_service.served_model import ServedModel
 
@@ -26,6 +27,10 @@ EXTENSIONS = (
 )
 PLATFORM = "offramp"
 
+Tell = Callable[[Request], Awaitable[Response]]
+
+_TO_NAME = str.maketrans("/", "_", "{}")
+
 _TRITON_TYPES = {"BYTES": "TYPE_STRING"}
 
 
@@ -34,20 +39,21 @@ def router(pipeline: Pipeline, *, live: Callable[[], bool], ready: Callable[[], 
     routes = APIRouter(route_class=LeanRoute, tags=["v2"])
     told = _Told(pipeline, live, ready)
 
-    def add(path: str, tell: Any, *, method: str = "GET") -> None:
-        name = path.strip("/").replace("/", "_").replace("{", "").replace("}", "")
-        names = [one for one in ("model", "version") if f"{{{one}}}" in path]
+    model = pipeline.model
+
+    def add(path: str, tell: Tell, *, method: str = "GET") -> None:
         routes.add_api_route(
             path,
             teller(tell, WORDING),
             methods=[method],
-            name=name,
+            name=path.strip("/").translate(_TO_NAME),
             response_model=None,
+            # "/" is TEI's first of all.
+            include_in_schema=path != "/",
             openapi_extra={
-                "parameters": [
-                    {"name": one, "in": "path", "required": True, "schema": {"type": "string"}}
-                    for one in names
-                ],
+                "parameters": openapi.path_parameters(
+                    path, model=model.name, version=model.version
+                ),
                 "responses": {
                     "200": {"description": "Yes, or what was asked for"},
                     "404": {"description": "Unknown model"},
@@ -63,7 +69,7 @@ def router(pipeline: Pipeline, *, live: Callable[[], bool], ready: Callable[[], 
     add("/v2/models/stats", told.statistics)
     add("/v2/repository/index", told.index, method="POST")
     for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        add(path, told.model)
+        add(path, told.metadata)
         add(f"{path}/ready", told.model_ready)
         add(f"{path}/stats", told.statistics)
         add(f"{path}/config", told.configuration)
@@ -99,7 +105,7 @@ class _Told:
         state = "READY" if self._ready() else "UNAVAILABLE"
         return _json([{"name": model.name, "version": model.version, "state": state, "reason": ""}])
 
-    async def model(self, request: Request) -> Response:
+    async def metadata(self, request: Request) -> Response:
         self._check(request)
         return _json(metadata(self._pipeline.model))
 

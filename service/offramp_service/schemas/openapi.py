@@ -36,6 +36,15 @@ def of_question(
     }
 
 
+def path_parameters(path: str, **served: str) -> list[dict[str, Any]]:
+    """What stands in a path: names, and the one value of each that is served here."""
+    return [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": [one]}}
+        for name, one in served.items()
+        if f"{{{name}}}" in path
+    ]
+
+
 def _failures(meanings: dict[str, str], failed: Any) -> dict[str, Any]:
     return {
         code: {"description": text, "content": _json(failed)} for code, text in meanings.items()

@@ -31,7 +31,8 @@ class PredictRequest(Struct, forbid_unknown_fields=True, kw_only=True):
         Inputs,
         Meta(
             description='a text, ["a text"], ["a", "pair"], or a list of such lists; how it was '
-            "read is in the response header x-input-read"
+            "read is in the response header x-input-read",
+            extra_json_schema={"minLength": 1, "minItems": 1},
         ),
     ]
     truncate: Annotated[

@@ -17,7 +17,11 @@ class ClassifyRequest(Asked, forbid_unknown_fields=True, kw_only=True):
     """A request. Unknown fields are ignored and named in the response header x-ignored-fields."""
 
     input: Annotated[
-        Input, Meta(description="a text, texts, token ids of a text, or token ids of texts")
+        Input,
+        Meta(
+            description="a text, texts, token ids of a text, or token ids of texts",
+            extra_json_schema={"minLength": 1, "minItems": 1},
+        ),
     ]
     text_pair: Annotated[
         str | list[str] | None, Meta(description="second text of each pair, aligned with input")

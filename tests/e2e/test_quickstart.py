@@ -19,9 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "training" / "data" / "snips"
+QUICKSTART = ROOT / "checkpoints" / "quickstart"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -85,3 +89,47 @@ def test_make_serve_answers_and_leaves_early() -> None:
     with make_serve(free_port_again := free_port()) as seconds:
         assert classify(free_port_again, rows[0]["text"])["label"] == names[rows[0]["label"]]
     assert seconds < 15
+
+
+def test_full_depth_is_transformers() -> None:
+    """500 rows through HTTP against transformers' own forward pass, padded, with the mean over the
+    tokens and the last classifier written out."""
+    with gzip.open(DATA / "test.jsonl.gz", "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for _, line in zip(range(500), lines, strict=False)]
+    assert len(texts) == 500
+    port = free_port()
+    with make_serve(port):
+        answers = [item for start in range(0, 500, 25) for item in ask(port, texts[start:][:25])]
+    expected = transformers_scores(Path(os.environ.get("QUICKSTART", QUICKSTART)), texts)
+    scores = torch.tensor([item["probs"] for item in answers])
+    assert (scores - expected).abs().max() < 1e-4
+    assert scores.argmax(-1).tolist() == expected.argmax(-1).tolist()
+
+
+def ask(port: int, texts: list[str]) -> list[dict[str, Any]]:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/classify",
+        json.dumps({"input": texts, "speedup": 1}).encode(),
+        {"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        items: list[dict[str, Any]] = json.load(answer)["data"]
+        return items
+
+
+@torch.inference_mode()
+def transformers_scores(directory: Path, texts: list[str]) -> torch.Tensor:
+    """Probabilities [n, C] in float32."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    backbone = AutoModel.from_pretrained(directory, add_pooling_layer=False).eval()
+    heads = load_file(directory / "exits.safetensors")
+    last = backbone.config.num_hidden_layers - 1
+    weight, bias = (heads[f"classifiers.{last}.{name}"] for name in ("weight", "bias"))
+    found = []
+    for start in range(0, len(texts), 25):
+        batch = tokenizer(texts[start : start + 25], padding=True, return_tensors="pt")
+        hidden = backbone(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1)
+        pooled = (hidden * mask).sum(1) / mask.sum(1)
+        found.append(torch.softmax(pooled @ weight.T + bias, dim=-1))
+    return torch.cat(found)

@@ -29,6 +29,7 @@ from pydantic import ValidationError
 
 from offramp_model.checkpoint import CheckpointError
 from offramp_model.memory import keep_freed_memory
+from offramp_service.api_keys import KeyFileError
 from offramp_service.app import create_app
 from offramp_service.pipeline import Pipeline
 from offramp_service.served_model import SettingsError
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prepare_process(settings)
     try:
         app = create_app(settings)
-    except (CheckpointError, SettingsError) as error:
+    except (CheckpointError, KeyFileError, SettingsError) as error:
         return _refuse(str(error))
     pipeline: Pipeline = app.state.pipeline
     _log_limits(pipeline)

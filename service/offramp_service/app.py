@@ -8,7 +8,7 @@ layers and answers each text where it leaves → the door words the response.
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from importlib.metadata import version
@@ -21,9 +21,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp_model.cost import StepTable
+from offramp_service.api_keys import Keyring
 from offramp_service.batcher import Batcher, Limits
 from offramp_service.engine import Engine
-from offramp_service.errors import NotReady, ServiceError
+from offramp_service.errors import NotReady, ServiceError, Unauthorized
+from offramp_service.gate import Gate
 from offramp_service.lifecycle import Lifecycle
 from offramp_service.metrics import Metrics
 from offramp_service.pipeline import Pipeline
@@ -50,7 +52,9 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
 
     Raises:
         CheckpointError, SettingsError: see `load_model`.
+        KeyFileError: see `Keyring`.
     """
+    keys = _keyring(settings)
     model = model or load_model(settings)
     metrics = Metrics(
         CollectorRegistry(),
@@ -111,7 +115,11 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
     app.include_router(v2.router(pipeline, live=engine_alive, ready=ready))
     app.include_router(probes.router(lifecycle, engine_alive=engine_alive, ready=ready))
     app.include_router(info.router(pipeline))
-    _map_errors(app, metrics)
+    respond = _map_errors(app, metrics)
+    # The one added last is the first that a request meets.
+    if keys is not None:
+        wordings = {path: one.wording(settings) for one in DOORS for path in one.PATHS}
+        app.add_middleware(Gate, keys=keys, doors=wordings, refuse=respond)
     app.add_middleware(_Farewell, lifecycle=lifecycle)
     app.state.pipeline = pipeline
     return app
@@ -166,6 +174,14 @@ class _Farewell:
         await self._app(scope, receive, send_on)
 
 
+def _keyring(settings: Settings) -> Keyring | None:
+    """None: everybody may ask."""
+    key, path = settings.api_key, settings.api_key_file
+    if key is None and path is None:
+        return None
+    return Keyring(key.get_secret_value() if key is not None else None, path)
+
+
 def _plan(settings: Settings, model: ServedModel) -> Plan:
     return Plan(
         max_batch_tokens=settings.max_batch_tokens,
@@ -212,8 +228,11 @@ def _describe(metrics: Metrics, model: ServedModel) -> None:
     )
 
 
-def _map_errors(app: FastAPI, metrics: Metrics) -> None:
-    """The one place where errors become responses; the wording is the door's."""
+def _map_errors(
+    app: FastAPI, metrics: Metrics
+) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """The one place where errors become responses; the wording is the door's. Returns what makes
+    them, for who stands before the routes."""
 
     async def service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)
@@ -231,6 +250,8 @@ def _map_errors(app: FastAPI, metrics: Metrics) -> None:
             headers["retry-after"] = str(error.retry_after_s)
         if isinstance(error, NotReady):
             headers["connection"] = "close"  # the next try should reach another replica
+        if isinstance(error, Unauthorized):
+            headers["www-authenticate"] = "Bearer"
         return Response(wording.body(error), status, headers, "application/json")
 
     async def no_such_route(_: Request, error: Exception) -> Response:
@@ -244,3 +265,4 @@ def _map_errors(app: FastAPI, metrics: Metrics) -> None:
 
     app.add_exception_handler(ServiceError, service_error)
     app.add_exception_handler(HTTPException, no_such_route)
+    return service_error

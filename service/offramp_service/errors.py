@@ -1,6 +1,7 @@
 """Everything that can go wrong with a request, as one tree. It knows no web framework.
 
     ServiceError
+    ├── Unauthorized        401                     no valid API key
     ├── InvalidInput        400 · 404 · 413 · 422   the client has to change the request
     │   └── EmptyInput      400                     there is nothing to classify
     ├── ClientGone          499                     counted, never sent
@@ -16,7 +17,14 @@ body its own way.
 from typing import ClassVar, Literal
 
 Reason = Literal[
-    "overloaded", "deadline", "validation", "tokenization", "backend", "disconnected", "draining"
+    "overloaded",
+    "deadline",
+    "unauthorized",
+    "validation",
+    "tokenization",
+    "backend",
+    "disconnected",
+    "draining",
 ]
 
 
@@ -32,6 +40,14 @@ class ServiceError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+
+
+class Unauthorized(ServiceError):
+    """The client has shown no API key, or one that is not valid here."""
+
+    status = 401
+    kind = "unauthorized"
+    reason: Reason = "unauthorized"
 
 
 class InvalidInput(ServiceError):

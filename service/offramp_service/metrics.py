@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from offramp_service.errors import Reason
 from offramp_service.jobs import DispatchReason, ExitReason
 
-CODES = (200, 400, 404, 413, 422, 424, 429, 499, 500, 503, 504)
+CODES = (200, 400, 401, 404, 413, 422, 424, 429, 499, 500, 503, 504)
 SECONDS = (
     *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05),
     *(0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -21,7 +21,18 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from offramp_service.api_keys import is_key
+
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def _check_key(key: SecretStr) -> SecretStr:
+    if not is_key(key.get_secret_value()):
+        raise ValueError("allowed is printable ASCII without spaces")
+    return key
+
+
+Key = Annotated[SecretStr, AfterValidator(_check_key)]
 
 
 class Settings(BaseSettings):
@@ -66,6 +77,17 @@ class Settings(BaseSettings):
     )
     port: Annotated[int, Field(ge=0, le=65535, description="0 picks a free one")] = 3000
     payload_limit: Annotated[PositiveInt, Field(description="bytes of a request body")] = 2_000_000
+    api_key: Annotated[
+        Key | None,
+        Field(
+            description="what clients must show as Authorization: Bearer KEY; others can read a "
+            "command line, so better from the environment"
+        ),
+    ] = None
+    api_key_file: Annotated[
+        Path | None,
+        Field(description="further keys, one a line; read again when the file changes"),
+    ] = None
 
     # limits
     max_batch_tokens: Annotated[

@@ -41,9 +41,15 @@ from offramp_service.schemas.vllm import (
     error_body,
     read_request,
 )
+from offramp_service.settings import Settings
 
 PATHS = ("/classify", "/v1/classify")
 WORDING = Wording(error_body)
+
+
+def wording(_: Settings) -> Wording:
+    """How the door speaks of errors."""
+    return WORDING
 
 
 def router(pipeline: Pipeline) -> APIRouter:

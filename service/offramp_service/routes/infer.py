@@ -51,12 +51,20 @@ from offramp_service.schemas.v2 import (
     read_instances,
     read_request,
 )
+from offramp_service.settings import Settings
 
 INFER_PATHS = ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer")
 PREDICT_PATH = "/v1/models/{model}:predict"
 PATHS = (*INFER_PATHS, PREDICT_PATH)
 
 WORDING = Wording(error_body)
+
+
+def wording(_: Settings) -> Wording:
+    """How the door speaks of errors."""
+    return WORDING
+
+
 HEADER_LENGTH = "inference-header-content-length"
 
 SCORES = ("logits", "probabilities")

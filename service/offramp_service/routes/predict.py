@@ -32,14 +32,19 @@ from offramp_service.schemas.tei import (
     read_request,
     strict_status,
 )
+from offramp_service.settings import Settings
 
 PATHS = ("/predict", "/", "/invocations")
+
+
+def wording(settings: Settings) -> Wording:
+    """How the door speaks of errors."""
+    return Wording(error_body, strict_status) if settings.tei_strict else Wording(error_body)
 
 
 def router(pipeline: Pipeline) -> APIRouter:
     """The door's routes."""
     strict = pipeline.settings.tei_strict
-    wording = Wording(error_body, strict_status) if strict else Wording(error_body)
     document = openapi.of_question(
         PredictRequest,
         ErrorResponse,
@@ -50,7 +55,7 @@ def router(pipeline: Pipeline) -> APIRouter:
     for path in PATHS:
         routes.add_api_route(
             path,
-            door(pipeline, path, _Predict(pipeline).handle, wording),
+            door(pipeline, path, _Predict(pipeline).handle, wording(pipeline.settings)),
             methods=["POST"],
             name=path.strip("/") or "root",
             summary="Classify texts or pairs (TEI's format)",

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from offramp_service.lifecycle import Lifecycle
 
 READY_PATHS = ("/readyz", "/health", "/ping")
+PATHS = ("/livez", "/startupz", *READY_PATHS)
 
 
 def router(

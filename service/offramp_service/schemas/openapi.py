@@ -6,6 +6,7 @@ import msgspec
 
 MEANINGS = {
     "400": "Malformed or empty",
+    "401": "No valid API key, where the server asks for one",
     "404": "Unknown model",
     "413": "Body too large or too many texts",
     "422": "A value or a length is not allowed",

@@ -1,0 +1,64 @@
+"""The gate in front of everything but the probes: who shows no valid API key goes no further.
+
+It looks at a request's path and its Authorization header, and refuses before a byte of the body is
+read. It knows neither how keys are kept nor how errors are worded; where the path is a door's, it
+only says whose request this was, so that the refusal is worded and counted like any other there.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.routing import compile_path
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from offramp_service.api_keys import Keyring
+from offramp_service.errors import Unauthorized
+from offramp_service.routes.door import CALL, Call, Patience, Wording, request_id
+from offramp_service.routes.probes import PATHS as PROBES
+
+OPEN_PATHS = frozenset((*PROBES, "/v2/health/live", "/v2/health/ready"))
+"""An orchestrator asks these, and has no key."""
+
+
+class Gate:
+    """ASGI middleware. `doors` says how each door's path words its errors."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keyring,
+        doors: Mapping[str, Wording],
+        refuse: Callable[[Request, Exception], Awaitable[Response]],
+    ) -> None:
+        self._app, self._keys, self._refuse = app, keys, refuse
+        self._doors = [(compile_path(path)[0], path, one) for path, one in doors.items()]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            try:
+                self._keys.check(bearer(scope["headers"]))
+            except Unauthorized as error:
+                request = Request(scope)
+                self._name_door(request)
+                response = await self._refuse(request, error)
+                return await response(scope, receive, send)
+        return await self._app(scope, receive, send)
+
+    def _name_door(self, request: Request) -> None:
+        """Say whose request it was, where the path is a door's."""
+        for pattern, route, wording in self._doors:
+            if pattern.match(request.scope["path"]):
+                started = time.perf_counter()
+                call = Call(route, request_id(request), wording, started, Patience(0))
+                request.scope[CALL] = call
+
+
+def bearer(headers: list[tuple[bytes, bytes]]) -> bytes | None:
+    """What `Authorization: Bearer` carries; None without such a header."""
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, credentials = value.partition(b" ")
+            return credentials.strip() if scheme.lower() == b"bearer" else None
+    return None

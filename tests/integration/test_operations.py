@@ -1,0 +1,129 @@
+"""What operators switch on around the doors, over HTTP without sockets: keys, origins."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from loading import load
+
+_service = load("tests/integration/test_service.py")
+
+post, series, sample, until = _service.post, _service.series, _service.sample, _service.until
+
+KEY = {"Authorization": "Bearer sesame"}
+PROBES = ("/livez", "/readyz", "/startupz", "/health", "/ping")
+
+
+# -- keys ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shown", [{}, {"Authorization": "Bearer sesame2"}, {"Authorization": "Basic sesame"}]
+)
+async def test_without_a_key_nothing_but_probes(running: Any, shown: dict[str, str]) -> None:
+    async with running(api_key="sesame") as client:
+        for path in PROBES:
+            assert (await client.get(path)).status_code == 200
+        for path in (
+            "/metrics",
+            "/info",
+            "/docs",
+            "/openapi.json",
+            "/nope",
+            "/livez/",
+            "/v1/models",
+        ):
+            refused = await client.get(path, headers=shown)
+            assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+            assert refused.json()["error"]["type"] == "unauthorized"
+            assert "sesame" not in refused.text
+        for path in PROBES:
+            assert (await client.post(path, headers=shown)).status_code == 405  # open, but no POST
+
+
+async def test_a_refusal_at_a_door_is_counted_and_named_there(running: Any) -> None:
+    async with running(api_key="sesame") as client:
+        before = (await client.get("/metrics", headers=KEY)).text.count("\n")
+        refused = await client.post(
+            "/classify", json={"input": "w1"}, headers={"X-Request-Id": "mine"}
+        )
+        assert refused.json()["error"] == {
+            "message": "an API key is required, as Authorization: Bearer KEY",
+            "type": "unauthorized",
+            "param": None,
+            "code": 401,
+        }
+        assert refused.headers["x-request-id"] == "mine"
+        client.headers.update(KEY)
+        assert (await post(client, input="w1")).status_code == 200
+        values = await series(client)
+        assert (await client.get("/metrics")).text.count("\n") == before
+        assert sample(values, "requests_total", 'code="401"', 'route="/classify"') == 1
+        assert sample(values, "requests_total", 'code="401"', 'route="/v1/classify"') == 0
+        assert sample(values, "request_failures_total", "unauthorized") == 1
+        assert sample(values, "samples_total") == 1
+        assert "sesame" not in (await client.get("/info")).text
+
+
+async def test_every_door_words_its_own_refusal(running: Any) -> None:
+    async with running(api_key="sesame") as client:
+        for path in ("/v2/health/live", "/v2/health/ready"):
+            assert (await client.get(path)).status_code == 200
+        assert (await client.get("/v2")).status_code == 401
+        tei = await client.post("/predict", json={"inputs": "w1"})
+        assert (tei.status_code, tei.json().keys()) == (401, {"error", "error_type"})
+        v2 = await client.post("/v2/models/tiny/versions/1/infer", json={})
+        assert (v2.status_code, v2.json().keys()) == (401, {"error"})
+        values = await client.get("/metrics", headers=KEY)
+        route = "/v2/models/{model}/versions/{version}/infer"
+        assert (
+            f'code="401",model_name="tiny",model_version="1",route="{route}"}} 1.0' in values.text
+        )
+
+
+async def test_the_body_of_who_has_no_key_is_not_read(running: Any) -> None:
+    async with running(api_key="sesame") as client:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            raise AssertionError("the body was asked for")
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await client.app(dict(_service.CLASSIFY), receive, send)
+        assert sent[0]["status"] == 401
+
+
+async def test_keys_of_a_file_and_one_of_its_own(running: Any, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# clients\nalpha\nbeta\n")
+    async with running(api_key="sesame", api_key_file=path) as client:
+        for key in ("alpha", "beta", "sesame"):
+            response = await client.get("/info", headers={"Authorization": f"bearer {key}"})
+            assert response.status_code == 200
+        assert (await client.get("/info", headers={"X-API-Key": "alpha"})).status_code == 401
+
+
+async def test_without_the_setting_everybody_may_ask(running: Any) -> None:
+    async with running() as client:
+        assert (await post(client, input="w1")).status_code == 200
+        assert (await client.get("/info", headers={"Authorization": "Bearer x"})).is_success
+
+
+async def test_keys_are_in_no_log(running: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    async with running(api_key="sesame") as client:
+        await client.post("/classify", json={}, headers={"Authorization": "Bearer pumpkin"})
+        await client.post("/classify", json={}, headers=KEY)
+    assert "sesame" not in caplog.text
+    assert "pumpkin" not in caplog.text
+
+
+async def test_a_refusal_during_the_drain_still_ends_the_connection(running: Any) -> None:
+    async with running(api_key="sesame") as client:
+        client.app.state.pipeline.lifecycle.phase = "draining"
+        response: httpx.Response = await client.get("/info")
+        assert (response.status_code, response.headers["connection"]) == (401, "close")

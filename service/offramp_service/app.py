@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -120,6 +121,16 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
     if keys is not None:
         wordings = {path: one.wording(settings) for one in DOORS for path in one.PATHS}
         app.add_middleware(Gate, keys=keys, doors=wordings, refuse=respond)
+    if settings.cors_allow_origin:
+        # Before the gate: a browser asks for leave without a key. No cookies, so that "*" in what
+        # is exposed means all headers; and whatever a page sends is checked where it is read.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_allow_origin,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("*",),
+        )
     app.add_middleware(_Farewell, lifecycle=lifecycle)
     app.state.pipeline = pipeline
     return app

@@ -7,16 +7,25 @@ value means for a given checkpoint (its longest text, its reachable speed-ups) i
 """
 
 import os
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveInt, SecretStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveInt,
+    SecretStr,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
     EnvSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -32,7 +41,26 @@ def _check_key(key: SecretStr) -> SecretStr:
     return key
 
 
+def _split(given: object) -> object:
+    """A list as a flag or the environment carries it: with commas, not as JSON."""
+    if isinstance(given, str):
+        return [part.strip() for part in given.split(",") if part.strip()]
+    return given
+
+
+def _check_origin(origin: str) -> str:
+    if origin != "*" and not _ORIGIN.fullmatch(origin):
+        raise ValueError(
+            f"{origin!r} is no origin; allowed is scheme://host or scheme://host:port, as browsers "
+            "send it, or *"
+        )
+    return origin
+
+
+_ORIGIN = re.compile(r"https?://[a-z0-9.:\[\]-]+")
+
 Key = Annotated[SecretStr, AfterValidator(_check_key)]
+Origin = Annotated[str, AfterValidator(_check_origin)]
 
 
 class Settings(BaseSettings):
@@ -88,6 +116,15 @@ class Settings(BaseSettings):
         Path | None,
         Field(description="further keys, one a line; read again when the file changes"),
     ] = None
+    cors_allow_origin: Annotated[
+        tuple[Origin, ...],
+        NoDecode,
+        BeforeValidator(_split),
+        Field(
+            description="origin whose web pages may read answers in a browser; may be repeated; "
+            "default: none"
+        ),
+    ] = ()
 
     # limits
     max_batch_tokens: Annotated[

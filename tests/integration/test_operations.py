@@ -127,3 +127,45 @@ async def test_a_refusal_during_the_drain_still_ends_the_connection(running: Any
         client.app.state.pipeline.lifecycle.phase = "draining"
         response: httpx.Response = await client.get("/info")
         assert (response.status_code, response.headers["connection"]) == (401, "close")
+
+
+# -- browsers --------------------------------------------------------------------------------
+
+PAGE = "https://app.example"
+ASKING = {
+    "Origin": PAGE,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization, content-type, x-speedup",
+}
+
+
+async def test_other_origins_are_closed_out_by_default(running: Any) -> None:
+    async with running() as client:
+        answered = await client.post("/classify", json={"input": "w1"}, headers={"Origin": PAGE})
+        assert answered.status_code == 200
+        asked = await client.options("/classify", headers=ASKING)
+        assert asked.status_code == 405
+        for response in (answered, asked):
+            assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+async def test_named_origins_may_ask_and_read_everything(running: Any) -> None:
+    origins = (PAGE, "http://localhost:8080")
+    async with running(cors_allow_origin=origins, api_key="sesame") as client:
+        asked = await client.options("/classify", headers=ASKING)  # as browsers do: without a key
+        assert asked.status_code == 200
+        assert asked.headers["access-control-allow-origin"] == PAGE
+        allowed = asked.headers["access-control-allow-headers"].lower()
+        assert {"authorization", "content-type", "x-speedup"} <= set(allowed.split(", "))
+        for key, status in ((KEY, 200), ({}, 401)):
+            response = await client.post(
+                "/classify", json={"input": "w1"}, headers={"Origin": PAGE} | key
+            )
+            assert response.status_code == status
+            assert response.headers["access-control-allow-origin"] == PAGE
+            assert response.headers["access-control-expose-headers"] == "*"
+            assert "access-control-allow-credentials" not in response.headers
+        stranger = {"Origin": "https://evil.example"}
+        assert (await client.options("/classify", headers=ASKING | stranger)).status_code == 400
+        response = await client.post("/classify", json={"input": "w1"}, headers=stranger | KEY)
+        assert "access-control-allow-origin" not in response.headers

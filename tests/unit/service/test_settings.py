@@ -68,3 +68,36 @@ def test_the_command_names_the_flag(
 def test_threads_default_to_usable_cores() -> None:
     assert Settings(model_id="x").engine_threads == usable_cores() >= 1
     assert Settings(model_id="x", threads=3).engine_threads == 3
+
+
+def test_a_list_is_repeated_or_has_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = ("https://a.example", "http://localhost:8080")
+    monkeypatch.setenv("CORS_ALLOW_ORIGIN", "https://a.example, http://localhost:8080,")
+    assert parse_command_line(["--model-id", "x"]).cors_allow_origin == both
+    flag = "--cors-allow-origin"
+    for flags in ([flag, both[0], flag, both[1]], [f"{flag}={','.join(both)}"]):
+        assert parse_command_line(["--model-id", "x", *flags]).cors_allow_origin == both
+    assert parse_command_line(["--model-id", "x", flag, "*"]).cors_allow_origin == ("*",)
+
+
+@pytest.mark.parametrize(
+    "origin", ["a.example", "https://a.example/", "null", "https://a b", "https://*.a/x"]
+)
+def test_what_is_no_origin(origin: str) -> None:
+    with pytest.raises(ValidationError, match="is no origin"):
+        parse_command_line(["--model-id", "x", "--cors-allow-origin", origin])
+
+
+def test_a_key_is_never_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("API_KEY", "sesame")
+    settings = parse_command_line(["--model-id", "x"])
+    assert settings.api_key is not None
+    assert settings.api_key.get_secret_value() == "sesame"
+    assert "sesame" not in repr(settings) + settings.model_dump_json()
+    assert main(["--model-id", "x", "--api-key", "open sesame"]) == 2
+    assert main(["--model-id", "x", "--api-key", ""]) == 2
+    said = capsys.readouterr().err
+    assert "--api-key: allowed is printable ASCII" in said
+    assert "sesame" not in said

@@ -31,6 +31,7 @@ from offramp_model.checkpoint import CheckpointError
 from offramp_model.memory import keep_freed_memory
 from offramp_service.api_keys import KeyFileError
 from offramp_service.app import create_app
+from offramp_service.bounded_http import BoundedHttp
 from offramp_service.pipeline import Pipeline
 from offramp_service.served_model import SettingsError
 from offramp_service.settings import Settings, parse_command_line
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             app,
             host=settings.hostname,
             port=settings.port,
+            http=BoundedHttp,
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

@@ -34,6 +34,8 @@ from offramp_service.api_keys import is_key
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+_ORIGIN = re.compile(r"https?://[a-z0-9.:\[\]-]+")
+
 
 def _check_key(key: SecretStr) -> SecretStr:
     if not is_key(key.get_secret_value()):
@@ -56,8 +58,6 @@ def _check_origin(origin: str) -> str:
         )
     return origin
 
-
-_ORIGIN = re.compile(r"https?://[a-z0-9.:\[\]-]+")
 
 Key = Annotated[SecretStr, AfterValidator(_check_key)]
 Origin = Annotated[str, AfterValidator(_check_origin)]

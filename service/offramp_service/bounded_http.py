@@ -1,0 +1,68 @@
+"""uvicorn's HTTP/1.1 over httptools, with limits on what comes before and around a body.
+
+httptools has none of its own: a request line, a header or a trailer that never ends would be kept
+in memory as it comes. Here the connection gets 431 and is closed instead. It knows bytes and
+headers, and nothing of what the application does with them.
+"""
+
+from http import HTTPStatus
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+MAX_HEADERS = 100
+MAX_HEAD_BYTES = 65_536
+"""Of request line and headers, trailers included; what a single read brings beyond it, at most
+256 KiB, is received and let go."""
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """One connection."""
+
+    _head_bytes = _headers = 0  # of the request that is being received
+    _unfinished = 0  # bytes since something was complete
+    _too_large = False
+
+    def data_received(self, data: bytes) -> None:
+        self._unfinished += len(data)
+        super().data_received(data)
+        if self._unfinished > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._too_large = True
+            self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        self._head_bytes = self._headers = self._unfinished = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._unfinished = 0
+        self._headers += 1
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._unfinished = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._unfinished = 0
+        super().on_message_complete()
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > MAX_HEAD_BYTES or self._headers > MAX_HEADERS:
+            self._too_large = True
+            # The parser stops at an exception and has uvicorn send its 400.
+            raise ValueError("the request's head is too large")
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn answers to bytes that are no request; ours has another status."""
+        if not self._too_large:
+            return super().send_400_response(msg)
+        status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+        head = b"content-length: 0\r\nconnection: close\r\n\r\n"
+        self.transport.write(STATUS_LINE[status] + head)
+        return self.transport.close()

@@ -32,6 +32,7 @@ from offramp_model.memory import keep_freed_memory
 from offramp_service.api_keys import KeyFileError
 from offramp_service.app import create_app
 from offramp_service.bounded_http import BoundedHttp
+from offramp_service.config_file import ConfigFileError
 from offramp_service.pipeline import Pipeline
 from offramp_service.served_model import SettingsError
 from offramp_service.settings import Settings, parse_command_line
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     except ValidationError as error:
         return _refuse(*(_explain(one["loc"], one["msg"]) for one in error.errors()))
+    except ConfigFileError as error:
+        return _refuse(f"--config: {error}")
     _prepare_process(settings)
     try:
         app = create_app(settings)

@@ -1,5 +1,5 @@
-"""Settings of `offramp-serve`: one field per flag, and the same name in UPPER_SNAKE in the
-environment (flag > environment > default).
+"""Settings of `offramp-serve`: one field per flag, the same name in UPPER_SNAKE in the environment
+and in lower case in a YAML file (flag > environment > file > default).
 
 Built by whoever calls `create_app` and passed in; importing this module reads nothing. What a
 value means for a given checkpoint (its longest text, its reachable speed-ups) is checked in
@@ -11,7 +11,7 @@ import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +21,7 @@ from pydantic import (
     SecretStr,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -31,6 +32,7 @@ from pydantic_settings import (
 )
 
 from offramp_service.api_keys import is_key
+from offramp_service.config_file import read_config
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -76,6 +78,11 @@ class Settings(BaseSettings):
         cli_hide_none_type=True,
         cli_avoid_json=True,
     )
+
+    config: Annotated[
+        Path | None,
+        Field(description="YAML file with further settings, named as here with _ for -"),
+    ] = None
 
     # model
     model_id: Annotated[Path, Field(description="checkpoint directory")]
@@ -253,7 +260,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, _Environment(settings_cls)
+        return init_settings, _Environment(settings_cls), _ConfigFile(settings_cls)
 
     @property
     def engine_threads(self) -> int:
@@ -277,10 +284,27 @@ class _Environment(EnvSettingsSource):
         return values
 
 
+class _ConfigFile(PydanticBaseSettingsSource):
+    """The file that `config` names, wherever that comes from."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError("the file is read as a whole")
+
+    def __call__(self) -> dict[str, Any]:
+        path = self.current_state.get("config")
+        if path is None:
+            return {}
+        fields = self.settings_cls.model_fields
+        lists = [name for name, one in fields.items() if get_origin(one.annotation) is tuple]
+        # A file cannot name another.
+        return read_config(Path(path), names=fields.keys() - {"config"}, lists=lists)
+
+
 def parse_command_line(arguments: Sequence[str]) -> Settings:
-    """Settings from flags, environment and defaults.
+    """Settings from flags, environment, file and defaults.
 
     Raises:
+        ConfigFileError: see `read_config`.
         pydantic.ValidationError: a value is wrong or `--model-id` is missing.
         SystemExit: `--help`, or a flag that does not exist.
     """

@@ -23,7 +23,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import msgspec
 import uvicorn
+from fastapi import FastAPI
 from prometheus_client import disable_created_metrics
 from pydantic import ValidationError
 
@@ -34,6 +36,9 @@ from offramp_service.app import create_app
 from offramp_service.bounded_http import BoundedHttp
 from offramp_service.config_file import ConfigFileError
 from offramp_service.pipeline import Pipeline
+from offramp_service.rehearsal import rehearse
+from offramp_service.routes.info import describe
+from offramp_service.schemas.reading import encode_json
 from offramp_service.served_model import SettingsError
 from offramp_service.settings import Settings, parse_command_line
 
@@ -59,8 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app = create_app(settings)
     except (CheckpointError, KeyFileError, SettingsError) as error:
         return _refuse(str(error))
+    if settings.dry_run:
+        _print_plan(app.state.pipeline)
+        return 0
+    _log_limits(app.state.pipeline)
+    return _preload(app) if settings.preload_only else _serve(app, settings)
+
+
+def _serve(app: FastAPI, settings: Settings) -> int:
     pipeline: Pipeline = app.state.pipeline
-    _log_limits(pipeline)
     server = Server(
         uvicorn.Config(
             app,
@@ -85,6 +97,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 3
     if pipeline.batcher.busy:
         os._exit(0)  # a batch that nobody waits for still runs; Python cannot end around it
+    return 0
+
+
+def _preload(app: FastAPI) -> int:
+    pipeline: Pipeline = app.state.pipeline
+
+    async def run() -> None:
+        async with app.router.lifespan_context(app):
+            answer = await rehearse(pipeline)
+        log.info("preloaded: a text left after layer %d", answer.answer.exit_layer)
+
+    try:
+        asyncio.run(run())
+    except Exception:
+        log.exception("%s does not answer", pipeline.model.name)
+        return 3
     return 0
 
 
@@ -155,6 +183,15 @@ def _greet(pipeline: Pipeline, address: tuple[str, int]) -> None:
         log.info("listening on http://%s:%d", host, port)
     else:
         print(f"{pipeline.model.name} is ready. Try: {curl}", flush=True)
+
+
+def _print_plan(pipeline: Pipeline) -> None:
+    """Settings and `/info` as JSON. Secrets are asterisks there."""
+    plan = {
+        "settings": pipeline.settings.model_dump(mode="json"),
+        "serves": describe(pipeline),
+    }
+    print(msgspec.json.format(encode_json(plan), indent=2).decode(), flush=True)
 
 
 def _log_limits(pipeline: Pipeline) -> None:

@@ -220,6 +220,15 @@ class Settings(BaseSettings):
         PositiveInt, Field(description="504 for answers that take longer")
     ] = 30_000
 
+    dry_run: Annotated[
+        bool,
+        Field(description="open the checkpoint, print settings and what would be served, and end"),
+    ] = False
+    preload_only: Annotated[
+        bool,
+        Field(description="load, warm up, answer one text, and end; for image builds"),
+    ] = False
+
     # compatibility
     tei_strict: Annotated[
         bool, Field(description="TEI's status codes on /predict where ours differ")
@@ -249,6 +258,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_speedup {self.max_speedup} is below min_speedup {self.min_speedup}"
             )
+        if self.dry_run and self.preload_only:
+            raise ValueError("dry_run computes nothing, preload_only does; allowed is one of them")
         return self
 
     @classmethod

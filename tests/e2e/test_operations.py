@@ -1,7 +1,11 @@
 """The real command as an operator uses it: what a careless or hostile client sends, and what the
 logs come to."""
 
+import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -66,3 +70,90 @@ def test_a_head_that_is_too_large_ends_its_connection_only(start: Any) -> None:
     assert send(server.port, b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400 ")
     large = {"input": ["w1 " * 9 + "w2"] * 32, "user": "y" * 500_000}
     assert server.classify(**large)[0] == 200
+
+
+def run(*flags: str | Path, program: str | None = None, **environment: str) -> tuple[int, str, str]:
+    """The command, until it ends by itself: exit code, stdout, stderr."""
+    how = ["-m", "offramp_service"] if program is None else ["-c", program]
+    result = subprocess.run(
+        [sys.executable, *how, *flags],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        env={name: value for name, value in os.environ.items() if name != "PORT"} | environment,
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+LISTENING_IS_AN_ERROR = """
+import socket, sys
+def listen(*_):
+    raise AssertionError("it listens")
+socket.socket.bind = socket.socket.listen = listen
+from offramp_service.engine import Engine
+if "--dry-run" in sys.argv:
+    Engine.warm_up = Engine.__call__ = listen
+from offramp_service.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_dry_run_says_what_would_be_served(directory: Path, tmp_path: Path) -> None:
+    config = tmp_path / "offramp.yaml"
+    config.write_text(f"model_id: {directory}\nmax_batch_tokens: 640\n")
+    code, out, err = run(
+        *("--config", config, "--dry-run", "--port", "81"),
+        program=LISTENING_IS_AN_ERROR,
+        API_KEY="sesame",
+        MAX_QUEUED_TOKENS="6400",
+    )
+    assert code == 0, err
+    plan = json.loads(out)
+    settings, serves = plan["settings"], plan["serves"]
+    assert (settings["port"], settings["max_queued_tokens"], settings["max_batch_tokens"]) == (
+        *(81, 6400, 640),
+    )
+    assert settings["api_key"] == "**********"
+    assert "sesame" not in out + err
+    assert (serves["served_model_name"], serves["num_layers"], serves["max_batch_tokens"]) == (
+        *("tiny", 4, 640),
+    )
+    assert serves["calibration"]["max_speedup"] == 4.0
+
+
+def test_a_dry_run_refuses_what_a_start_would(directory: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for flags, said in (
+        (["--model-id", damaged], "damaged"),
+        (["--model-id", directory, "--default-speedup", "9"], "--default-speedup"),
+        (["--model-id", directory, "--api-key-file", tmp_path / "none"], "No such file"),
+        (["--model-id", directory, "--preload-only"], "allowed is one of them"),
+    ):
+        code, out, err = run(*flags, "--dry-run")
+        assert (code, out) == (2, "")
+        (line,) = err.splitlines()
+        assert line.startswith("offramp-serve: ")
+        assert said in line
+
+
+COLD = """
+import sys
+from offramp_service.__main__ import main
+from offramp_service.engine import Engine
+def broken(self, jobs):
+    raise RuntimeError("out of luck")
+Engine.__call__ = broken
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_preloading_answers_one_text_and_ends(directory: Path) -> None:
+    flags = ["--model-id", str(directory), "--preload-only", "--threads", "1"]
+    code, out, err = run(*flags, "--warmup", program=LISTENING_IS_AN_ERROR)
+    assert (code, out) == (0, ""), err
+    assert "preloaded: a text left after layer 4" in err
+    code, _, err = run(*flags, program=COLD)
+    assert code == 3
+    assert "tiny does not answer" in err
+    assert "out of luck" in err

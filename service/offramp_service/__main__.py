@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
@@ -35,6 +34,7 @@ from offramp_service.api_keys import KeyFileError
 from offramp_service.app import create_app
 from offramp_service.bounded_http import BoundedHttp
 from offramp_service.config_file import ConfigFileError
+from offramp_service.logs import configure_logging, flush_output
 from offramp_service.pipeline import Pipeline
 from offramp_service.rehearsal import rehearse
 from offramp_service.routes.info import describe
@@ -91,8 +91,7 @@ def _serve(app: FastAPI, settings: Settings) -> int:
     )
     with suppress(SystemExit):  # a failed start; the code is uvicorn's, and depends on its version
         server.run()
-    logging.shutdown()
-    sys.stdout.flush()
+    flush_output()
     if not server.started:
         return 3
     if pipeline.batcher.busy:
@@ -159,7 +158,7 @@ def _prepare_process(settings: Settings) -> None:
     signal.signal(signal.SIGTERM, _exit_at_once)
     # A third of all series, and of no use to anybody here.
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    _configure_logging(settings)
+    configure_logging(settings)
 
 
 def _exit_at_once(sig: int, _: FrameType | None) -> None:
@@ -182,7 +181,8 @@ def _greet(pipeline: Pipeline, address: tuple[str, int]) -> None:
     if pipeline.settings.json_output:
         log.info("listening on http://%s:%d", host, port)
     else:
-        print(f"{pipeline.model.name} is ready. Try: {curl}", flush=True)
+        with suppress(OSError):  # nobody who is served may notice a full disk
+            print(f"{pipeline.model.name} is ready. Try: {curl}", flush=True)
 
 
 def _print_plan(pipeline: Pipeline) -> None:
@@ -211,32 +211,6 @@ def _log_limits(pipeline: Pipeline) -> None:
         *(model.max_batch_texts, settings.max_concurrent_requests, settings.max_queued_tokens),
         *(settings.max_queued_characters, settings.payload_limit, settings.request_timeout_ms),
         _KEEP_ALIVE_S,
-    )
-
-
-class _JsonLines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
-
-
-def _configure_logging(settings: Settings) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        _JsonLines()
-        if settings.json_output
-        else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    )
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    logging.getLogger("uvicorn.error").setLevel(
-        logging.DEBUG if settings.log_level == "debug" else logging.WARNING
     )
 
 

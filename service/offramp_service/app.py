@@ -30,11 +30,13 @@ from offramp_service.gate import Gate
 from offramp_service.lifecycle import Lifecycle
 from offramp_service.metrics import Metrics
 from offramp_service.pipeline import Pipeline
+from offramp_service.request_log import RequestLog
 from offramp_service.routes import classify, infer, info, predict, probes, v2
 from offramp_service.routes.door import CALL, WORDING, Call
 from offramp_service.scheduler import Plan, Scheduler
 from offramp_service.served_model import ServedModel, load_model
 from offramp_service.settings import Settings
+from offramp_service.witness import Record, Witness
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +134,8 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
             expose_headers=("*",),
         )
     app.add_middleware(_Farewell, lifecycle=lifecycle)
+    if listeners := _listeners(settings):
+        app.add_middleware(Witness, listeners=listeners)
     app.state.pipeline = pipeline
     return app
 
@@ -191,6 +195,16 @@ def _keyring(settings: Settings) -> Keyring | None:
     if key is None and path is None:
         return None
     return Keyring(key.get_secret_value() if key is not None else None, path)
+
+
+def _listeners(settings: Settings) -> list[Callable[[Record], None]]:
+    """Who is told of each request. People are not, unless they look for something."""
+    listeners: list[Callable[[Record], None]] = []
+    if settings.json_output:
+        listeners.append(RequestLog(logging.INFO))
+    elif settings.log_level == "debug":
+        listeners.append(RequestLog(logging.DEBUG))
+    return listeners
 
 
 def _plan(settings: Settings, model: ServedModel) -> Plan:
@@ -254,8 +268,7 @@ def _map_errors(
         if call is not None:
             metrics.request_done(call.route, status, call.seconds)
             headers["x-request-id"] = call.request_id
-            # Without the message, which may repeat a piece of a text.
-            log.debug("request %s: %d %s", call.request_id, status, error.kind)
+            call.failure = error.kind  # not the message, which may repeat a piece of a text
         metrics.request_failed(error.reason)
         if error.retry_after_s is not None:
             headers["retry-after"] = str(error.retry_after_s)

@@ -3,6 +3,7 @@ logs come to."""
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -157,3 +158,40 @@ def test_preloading_answers_one_text_and_ends(directory: Path) -> None:
     assert code == 3
     assert "tiny does not answer" in err
     assert "out of luck" in err
+
+
+@pytest.mark.parametrize("form", [["--json-output"], ["--log-level", "debug"]])
+def test_a_full_disk_for_the_log_disturbs_nobody(directory: Path, form: list[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "offramp_service", "--model-id", str(directory)),
+                *("--port", str(port), "--threads", "1", "--drain-seconds", "0", *form),
+            ],
+            stdout=full,
+            stderr=full,
+        )
+    try:
+        server = _serve.Server(process, port, "")
+
+        def ready() -> bool:
+            assert process.poll() is None
+            try:
+                return server.status("/readyz") == 200
+            except ConnectionRefusedError:
+                return False
+
+        until(ready)
+        # More than any buffer holds, so that nothing is merely put off.
+        for _ in range(200):
+            assert server.classify(input=["w1", "w2"], speedup=2.0)[0] == 200
+            assert server.classify(input="w1", speedup=99)[0] == 422
+        assert server.ask("GET", "/info")[0] == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait(10)

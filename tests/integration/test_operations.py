@@ -1,5 +1,7 @@
-"""What operators switch on around the doors, over HTTP without sockets: keys, origins."""
+"""What operators switch on around the doors, over HTTP without sockets: keys, origins, logs."""
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import httpx
 import pytest
 
 from loading import load
+from offramp_service.logs import JsonLines
 
 _service = load("tests/integration/test_service.py")
 
@@ -169,3 +172,76 @@ async def test_named_origins_may_ask_and_read_everything(running: Any) -> None:
         assert (await client.options("/classify", headers=ASKING | stranger)).status_code == 400
         response = await client.post("/classify", json={"input": "w1"}, headers=stranger | KEY)
         assert "access-control-allow-origin" not in response.headers
+
+
+# -- the log ---------------------------------------------------------------------------------
+
+FIELDS = {
+    *("time", "level", "logger", "message", "request_id", "route", "status", "error", "total_ms"),
+    *("texts", "tokens", "tokenization_ms", "queue_ms", "inference_ms", "exit_layers"),
+    *("speedup_asked", "speedup_achieved"),
+}
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """Of requests, as they would be written."""
+    records = [one for one in caplog.records if one.name == "offramp_service.request_log"]
+    return [json.loads(JsonLines().format(one)) for one in records]
+
+
+async def test_each_request_is_a_line_of_numbers(
+    running: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with running(json_output=True, api_key="sesame") as client:
+        client.headers.update(KEY)
+        asked = {"input": ["w1 w2", "w3"], "speedup": 2.0, "return_details": True}
+        answered = await client.post("/classify", json=asked, headers={"X-Request-Id": "mine"})
+        layers = [one["details"]["exit_layer"] for one in answered.json()["data"]]
+        await client.post("/predict", json={"inputs": "w1", "parameters": {"threshold": 0.5}})
+        await post(client, input="w1", speedup="secret")
+        await client.post("/classify", json={}, headers={"Authorization": "Bearer pumpkin"})
+        await client.get("/info")
+        await client.get("/livez")
+    good, raw, refused, shut_out = found = lines(caplog)
+    assert all(one.keys() == FIELDS and one["level"] == "info" for one in found)
+    assert (good["request_id"], good["route"], good["status"], good["error"]) == (
+        *("mine", "/classify", 200, None),
+    )
+    assert (good["texts"], good["tokens"], good["speedup_asked"]) == (2, 7, 2.0)
+    assert good["exit_layers"] == {str(one): layers.count(one) for one in sorted(set(layers))}
+    assert good["speedup_achieved"] == pytest.approx(8 / sum(layers), abs=1e-3)
+    parts = good["tokenization_ms"] + good["queue_ms"] + good["inference_ms"]
+    assert 0 < parts <= good["total_ms"]
+    assert (raw["route"], raw["status"], raw["speedup_asked"]) == ("/predict", 200, None)
+    assert (refused["status"], refused["error"], refused["texts"]) == (422, "invalid_value", None)
+    assert (shut_out["status"], shut_out["error"]) == (401, "unauthorized")
+    for secret in ("secret", "w1", "w3", "sesame", "pumpkin", "negative", "positive", "neutral"):
+        assert secret not in str(found)
+
+
+async def test_a_client_that_left_is_a_line_too(
+    running: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    gate = _service.Gate()
+    async with running(gate.around, json_output=True) as client:
+        body = b'{"input": "w1"}'
+        receive, send, _ = _service.hang_up_after(body, entered=gate.entered)
+        await client.app(dict(_service.CLASSIFY), receive, send)
+        gate.opened.set()
+    (line,) = lines(caplog)
+    assert (line["status"], line["error"]) == (499, "client_closed_request")
+
+
+async def test_people_are_not_told_of_requests_unless_they_look(
+    running: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with running() as client:
+        await post(client, input="w1")
+        assert lines(caplog) == []
+    async with running(log_level="debug") as client:
+        await post(client, input="w1", request_id="mine")
+    (line,) = lines(caplog)
+    assert (line["level"], line["message"]) == ("debug", "request mine: 200 ok")

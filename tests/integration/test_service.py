@@ -657,13 +657,16 @@ async def test_an_engine_that_dies_is_seen_by_everybody(
 
 
 async def test_refusals_are_logged_by_request_and_without_texts(
-    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+    running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "offramp_service")
-    await post(client, input="w1", speedup="secret", request_id="mine")
-    await client.post(
-        "/classify", json={"input": "w1", "speedup": "secret"}, headers={"X-Request-Id": "theirs"}
-    )
+    async with running(log_level="debug") as client:
+        await post(client, input="w1", speedup="secret", request_id="mine")
+        await client.post(
+            "/classify",
+            json={"input": "w1", "speedup": "secret"},
+            headers={"X-Request-Id": "theirs"},
+        )
     assert "request theirs: 422 invalid_value" in caplog.messages
     assert "secret" not in caplog.text
 

@@ -53,6 +53,9 @@ class Call:
     wording: Wording
     started: float
     patience: "Patience"
+    # Filled when it is over, one of them:
+    outcome: "Outcome | None" = None
+    failure: str | None = None  # the kind of error
 
     @property
     def seconds(self) -> float:
@@ -147,7 +150,8 @@ async def classify(
         tokenization_s = time.perf_counter() - started
         answers = await pipeline.answer(batch, encodings, controls)
     tokens = sum(len(one) for one in encodings)
-    return Outcome(answers, controls, tokens, tokenization_s, pipeline.model.num_layers)
+    call.outcome = Outcome(*(answers, controls, tokens, tokenization_s, pipeline.model.num_layers))
+    return call.outcome
 
 
 @dataclass(frozen=True, slots=True)

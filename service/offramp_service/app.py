@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry
@@ -34,9 +35,12 @@ from offramp_service.request_log import RequestLog
 from offramp_service.routes import classify, infer, info, predict, probes, v2
 from offramp_service.routes.door import CALL, WORDING, Call
 from offramp_service.scheduler import Plan, Scheduler
-from offramp_service.served_model import ServedModel, load_model
+from offramp_service.served_model import ServedModel, SettingsError, load_model
 from offramp_service.settings import Settings
 from offramp_service.witness import Record, Witness
+
+if TYPE_CHECKING:
+    from offramp_service.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +60,9 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
     Raises:
         CheckpointError, SettingsError: see `load_model`.
         KeyFileError: see `Keyring`.
+        SettingsError: traces are asked for, and the extra for them is not installed.
     """
-    keys = _keyring(settings)
+    keys, tracer = _keyring(settings), _tracer(settings)
     model = model or load_model(settings)
     metrics = Metrics(
         CollectorRegistry(),
@@ -106,6 +111,8 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
             batcher.close()
             pipeline.close()
             await asyncio.to_thread(thread.join, _JOIN_S)
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="offramp",
@@ -134,7 +141,7 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
             expose_headers=("*",),
         )
     app.add_middleware(_Farewell, lifecycle=lifecycle)
-    if listeners := _listeners(settings):
+    if listeners := _listeners(settings, tracer):
         app.add_middleware(Witness, listeners=listeners)
     app.state.pipeline = pipeline
     return app
@@ -197,9 +204,21 @@ def _keyring(settings: Settings) -> Keyring | None:
     return Keyring(key.get_secret_value() if key is not None else None, path)
 
 
-def _listeners(settings: Settings) -> list[Callable[[Record], None]]:
+def _tracer(settings: Settings) -> "Tracer | None":
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from offramp_service.tracing import Tracer
+    except ImportError as error:
+        raise SettingsError(
+            f"--otlp-endpoint needs the extra otel, pip install 'offramp[otel]': {error}"
+        ) from None
+    return Tracer(settings.otlp_endpoint, settings.otlp_service_name)
+
+
+def _listeners(settings: Settings, tracer: "Tracer | None") -> list[Callable[[Record], None]]:
     """Who is told of each request. People are not, unless they look for something."""
-    listeners: list[Callable[[Record], None]] = []
+    listeners: list[Callable[[Record], None]] = [] if tracer is None else [tracer]
     if settings.json_output:
         listeners.append(RequestLog(logging.INFO))
     elif settings.log_level == "debug":

@@ -320,7 +320,8 @@ class Batcher:
                 broken.append((job, answer))
                 answers.append((job, EngineFailed(str(answer))))
             else:
-                timed = TimedAnswer(answer, job.started_at - job.queued_at, now - job.started_at)
+                began = job.started_at
+                timed = TimedAnswer(answer, began - job.queued_at, now - began, began)
                 exits.append((answer.reason, timed.inference_s))
                 answers.append((job, timed))
         # Counted first: whoever has an answer finds it in the metrics.

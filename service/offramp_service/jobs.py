@@ -86,11 +86,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class TimedAnswer:
-    """An answer with the seconds its text waited and was computed."""
+    """An answer with the seconds its text waited and was computed, and when the one gave way to the
+    other, by the batcher's clock."""
 
     answer: Answer
     queue_s: float
     inference_s: float
+    started_at: float
 
 
 class Waiter(Protocol):

@@ -36,6 +36,7 @@ from offramp_service.config_file import read_config
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+_ENDPOINT = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 _ORIGIN = re.compile(r"https?://[a-z0-9.:\[\]-]+")
 
 
@@ -61,6 +62,16 @@ def _check_origin(origin: str) -> str:
     return origin
 
 
+def _check_endpoint(url: str) -> str:
+    if not _ENDPOINT.fullmatch(url):
+        raise ValueError(
+            "allowed is http://host:port or https://host:port, and a path where the collector has "
+            "one; credentials go into OTEL_EXPORTER_OTLP_HEADERS"
+        )
+    return url
+
+
+Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
 Key = Annotated[SecretStr, AfterValidator(_check_key)]
 Origin = Annotated[str, AfterValidator(_check_origin)]
 
@@ -77,6 +88,7 @@ class Settings(BaseSettings):
         cli_implicit_flags=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
+        hide_input_in_errors=True,  # it may be a key
     )
 
     config: Annotated[
@@ -237,6 +249,14 @@ class Settings(BaseSettings):
     # observability
     json_output: Annotated[bool, Field(description="log JSON lines")] = False
     log_level: LogLevel = "info"
+    otlp_endpoint: Annotated[
+        Endpoint | None,
+        Field(
+            description="OpenTelemetry collector to send traces to, over HTTP (port 4318 mostly); "
+            "needs the extra otel"
+        ),
+    ] = None
+    otlp_service_name: Annotated[str, Field(description="the service's name in traces")] = "offramp"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -323,7 +343,11 @@ def parse_command_line(arguments: Sequence[str]) -> Settings:
 
 
 def _flags(arguments: Sequence[str]) -> CliSettingsSource[Any]:
-    return CliSettingsSource(Settings, cli_parse_args=list(arguments))
+    flags: CliSettingsSource[Any] = CliSettingsSource(Settings)
+    # What is empty in the environment is left out. On the command line it is a mistake:
+    # `--api-key "$UNSET"` must not open the server to everybody.
+    flags.env_ignore_empty = False
+    return flags(args=list(arguments))
 
 
 def usable_cores() -> int:

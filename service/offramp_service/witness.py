@@ -20,6 +20,7 @@ class Record:
     """A finished request of a door. Times are `time.perf_counter`'s."""
 
     call: Call
+    method: str
     status: int
     headers: Headers  # the request's
     started: float
@@ -66,6 +67,7 @@ class Witness:
         call: Call | None = scope.get(CALL)
         if call is not None:
             headers = Headers(scope=scope)
-            record = Record(call, status, headers, started, time.perf_counter())
+            ended = time.perf_counter()
+            record = Record(call, scope["method"], status, headers, started, ended)
             for listen in self._listeners:
                 listen(record)

@@ -264,7 +264,7 @@ async def test_a_text_is_answered_once() -> None:
     batch = ClientBatch("r", asyncio.get_running_loop(), 0.0)
     jobs = [fakes.job(1), fakes.job(2)]
     batch.fill(jobs, now=0.0)
-    first, other = (TimedAnswer(fakes.answer_to(one), 0.0, 0.0) for one in jobs)
+    first, other = (TimedAnswer(fakes.answer_to(one), 0.0, 0.0, 0.0) for one in jobs)
     batch.answer(0, first)
     batch.answer(0, other)
     assert not batch.complete

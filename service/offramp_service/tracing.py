@@ -38,8 +38,8 @@ class Tracer:
             {"service.name": service_name, "service.version": version("offramp")}
         )
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        exporter = OTLPSpanExporter(endpoint=traces_url(endpoint))
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._exporter = OTLPSpanExporter(endpoint=traces_url(endpoint))
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("offramp_service", version("offramp"))
         self._propagator = TraceContextTextMapPropagator()
 
@@ -71,6 +71,9 @@ class Tracer:
         farewell = threading.Thread(target=self._provider.shutdown, daemon=True)
         farewell.start()
         farewell.join(_GOODBYE_S)
+        if farewell.is_alive():
+            # Ends the waiting between its tries.
+            self._exporter.shutdown()  # type: ignore[no-untyped-call]
 
 
 class _Clock:

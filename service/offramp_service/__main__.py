@@ -94,6 +94,8 @@ def _serve(app: FastAPI, settings: Settings) -> int:
     flush_output()
     if not server.started:
         return 3
+    if pipeline.lifecycle.died.is_set():
+        return 4
     if pipeline.batcher.busy:
         os._exit(0)  # a batch that nobody waits for still runs; Python cannot end around it
     return 0
@@ -129,6 +131,12 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             _greet(self._pipeline, self.servers[0].sockets[0].getsockname())
+            self._watching = self._loop.create_task(self._end_when_dead())
+
+    async def _end_when_dead(self) -> None:
+        await self._pipeline.lifecycle.died.wait()
+        log.critical("nothing more can be answered: the process ends")
+        self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by uvicorn's signal handlers, in the main thread."""

@@ -7,7 +7,6 @@ layers and answers each text where it leaves → the door words the response.
 
 import asyncio
 import logging
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -26,6 +25,7 @@ from offramp_model.cost import StepTable
 from offramp_service.api_keys import Keyring
 from offramp_service.batcher import Batcher, Limits
 from offramp_service.engine import Engine
+from offramp_service.engine_thread import EngineThread
 from offramp_service.errors import NotReady, ServiceError, Unauthorized
 from offramp_service.gate import Gate
 from offramp_service.lifecycle import Lifecycle
@@ -71,17 +71,20 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
         num_layers=model.num_layers,
         routes=[path for one in DOORS for path in one.PATHS],
     )
-    engine = Engine(
-        model.stack, model.policy, device=model.tensor_device, threads=model.torch_threads
-    )
+
+    def make_engine() -> Engine:
+        return Engine(
+            model.stack, model.policy, device=model.tensor_device, threads=model.torch_threads
+        )
+
+    engine = make_engine()
     limits = Limits(settings.max_concurrent_requests, settings.max_queued_tokens)
     batcher = Batcher(engine, Scheduler(_plan(settings, model)), limits, metrics)
     lifecycle = Lifecycle()
     pipeline = Pipeline(settings, model, batcher, metrics, lifecycle)
 
     def prepare() -> None:
-        engine.warm_up(model.max_input_length)
-        costs = _open_lane(engine, settings, model) if model.tensor_device == "cuda" else None
+        costs = _warm(engine, settings, model)
         if costs is None and settings.warmup:
             costs = engine.measure(settings.max_batch_tokens, model.max_input_length)
         if costs is not None:
@@ -89,13 +92,23 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
             batcher.scheduler.learn(costs, can_join=not engine.has_lane)
             _log_costs(costs, batcher.scheduler)
 
-    thread = _EngineThread(prepare, batcher)
+    def rebuild() -> Engine:
+        another = make_engine()
+        _warm(another, settings, model)  # what layers cost is known
+        metrics.engine_rebuilt()
+        return another
+
+    def died() -> None:
+        batcher.close("the engine has stopped")
+        lifecycle.died.set()
+
+    thread = EngineThread(batcher, prepare=prepare, rebuild=rebuild, died=died)
 
     def engine_alive() -> bool:
         return thread.is_alive() and not batcher.stuck
 
     def ready() -> bool:
-        return lifecycle.ready and engine_alive()
+        return lifecycle.ready and engine_alive() and not thread.rebuilding
 
     metrics.watch_service(ready=ready, inflight=lambda: lifecycle.inflight)
     _describe(metrics, model)
@@ -145,37 +158,6 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
         app.add_middleware(Witness, listeners=listeners)
     app.state.pipeline = pipeline
     return app
-
-
-class _EngineThread(threading.Thread):
-    """The one thread that computes: prepares the engine, then serves batches until closed.
-
-    A daemon, so that a batch that never ends cannot keep the process alive.
-    """
-
-    def __init__(self, prepare: Callable[[], None], batcher: Batcher) -> None:
-        super().__init__(name="engine", daemon=True)
-        self._prepare, self._batcher = prepare, batcher
-
-    async def warm(self) -> None:
-        """Start, and come back when the engine is warm."""
-        self._loop = asyncio.get_running_loop()
-        self._warm: asyncio.Future[None] = self._loop.create_future()
-        self.start()
-        await self._warm
-
-    def run(self) -> None:
-        try:
-            self._prepare()
-        except Exception as error:
-            self._loop.call_soon_threadsafe(self._warm.set_exception, error)
-            return
-        self._loop.call_soon_threadsafe(self._warm.set_result, None)
-        try:
-            self._batcher.serve()
-        except BaseException:
-            log.critical("the engine thread died", exc_info=True)
-            self._loop.call_soon_threadsafe(self._batcher.close, "the engine has stopped")
 
 
 class _Farewell:
@@ -234,6 +216,12 @@ def _plan(settings: Settings, model: ServedModel) -> Plan:
         merge_backlog=settings.backlog_merging,
         layers_per_step=model.num_layers / len(model.config.exit_layers),
     )
+
+
+def _warm(engine: Engine, settings: Settings, model: ServedModel) -> StepTable | None:
+    """What a layer costs, where the device lane had to find out."""
+    engine.warm_up(model.max_input_length)
+    return _open_lane(engine, settings, model) if model.tensor_device == "cuda" else None
 
 
 def _open_lane(engine: Engine, settings: Settings, model: ServedModel) -> StepTable | None:

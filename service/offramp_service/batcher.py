@@ -37,6 +37,8 @@ from offramp_service.scheduler import Group, Scheduler, Step
 
 log = logging.getLogger(__name__)
 
+# The event loop gets so long to tell those whom a crash concerns; it may have ended.
+_TELLING_S = 5.0
 # A step that computes longer than this is taken for stuck by /livez.
 STUCK_AFTER_S = 60.0
 
@@ -260,6 +262,19 @@ class Batcher:
             if not batch.answered(job.index):
                 batch.fail(failure)
 
+    def _fail_taken(self, failure: ServiceError) -> None:
+        """Of those who are unanswered, all but who are still waiting with all their texts."""
+        with self._changed:
+            taken = [
+                batch
+                for batch in self._open
+                if not all(
+                    batch.answered(job.index) or job in self.scheduler.queue for job in batch.jobs
+                )
+            ]
+        for batch in taken:
+            batch.fail(failure)
+
     # -- engine thread -----------------------------------------------------------------------
 
     def serve(self) -> None:
@@ -269,6 +284,25 @@ class Batcher:
                 self._carry_out(step)
         finally:
             self._busy_since = None
+
+    def let_go(self) -> None:
+        """After `serve` was left by an error: who was in the engine's hands gets a 500, who waits
+        goes on waiting. Comes back when they have been told, so that nobody is taken for one who
+        is computed by then."""
+        told = threading.Event()
+
+        def tell() -> None:
+            self._fail_taken(EngineFailed("the engine crashed on this batch"))
+            told.set()
+
+        with self._changed:
+            self.scheduler.groups.clear()
+        self._post(tell)
+        told.wait(_TELLING_S)
+
+    def go_on_with(self, engine: Engine) -> None:
+        """For the next `serve`."""
+        self._engine = engine
 
     def _next_step(self) -> Step | None:
         """Wait for something to do; None means closed."""

@@ -20,6 +20,7 @@ class Lifecycle:
     def __init__(self) -> None:
         self.phase: Phase = "starting"
         self.inflight = 0
+        self.died = asyncio.Event()  # nothing more can be answered: the process should end
         self._empty = asyncio.Event()
         self._empty.set()
 

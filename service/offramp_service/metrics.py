@@ -151,6 +151,9 @@ class Metrics:
                 "engine_busy_seconds_total", "Time spent on batches, whatever became of them"
             )
         )
+        self._rebuilds = self._child(
+            self._counter("engine_rebuilds_total", "Times that a crashed engine was built anew")
+        )
         self._oldest_s = self._seconds("oldest_wait_seconds", "Longest wait in a batch")
         self._batch_size = self._histogram("batch_size", "Texts in a batch", SIZES)
         self._batch_tokens = self._histogram("batch_tokens", "Tokens in a batch", TOKENS)
@@ -220,6 +223,9 @@ class Metrics:
 
     def engine_worked(self, seconds: float) -> None:
         self._busy_s.inc(seconds)
+
+    def engine_rebuilt(self) -> None:
+        self._rebuilds.inc()
 
     # -- Triton's statistics -----------------------------------------------------------------
 

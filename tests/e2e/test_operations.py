@@ -195,3 +195,45 @@ def test_a_full_disk_for_the_log_disturbs_nobody(directory: Path, form: list[str
     finally:
         process.kill()
         process.wait(10)
+
+
+MORTAL = """
+import sys
+from offramp_service.__main__ import main
+from offramp_service.engine import Engine
+call = Engine.__call__
+def mortal(self, jobs):
+    if len(jobs[0].ids) > 10:
+        raise SystemExit
+    return call(self, jobs)
+Engine.__call__ = mortal
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_second_crash_ends_the_process(directory: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--model-id", str(directory), "--port", str(port), "--threads", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", MORTAL, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        server = _serve.Server(process, port, "")
+        deadly = "w1 " * 12
+        assert server.classify(input=deadly)[0] == 500
+        assert server.classify(input="w1")[0] == 200
+        assert server.classify(input=deadly)[0] == 503
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 4
+        assert "the engine thread died" in err
+        assert "nothing more can be answered" in err
+    finally:
+        process.kill()
+        process.communicate(timeout=10)

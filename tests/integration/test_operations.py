@@ -1,7 +1,10 @@
-"""What operators switch on around the doors, over HTTP without sockets: keys, origins, logs."""
+"""What operators switch on around the doors, over HTTP without sockets: keys, origins,
+logs, and an engine that crashes."""
 
+import asyncio
 import json
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import httpx
 import pytest
 
 from loading import load
+from offramp_service.engine import Engine
 from offramp_service.logs import JsonLines
 
 _service = load("tests/integration/test_service.py")
@@ -245,3 +249,70 @@ async def test_people_are_not_told_of_requests_unless_they_look(
         await post(client, input="w1", request_id="mine")
     (line,) = lines(caplog)
     assert (line["level"], line["message"]) == ("debug", "request mine: 200 ok")
+
+
+# -- an engine that crashes --------------------------------------------------------------------
+
+
+async def test_a_crashed_engine_is_built_anew_and_who_waits_is_served(
+    running: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = _service.Gate()
+    building, built = threading.Event(), threading.Event()
+    async with running(gate.around, max_batch_requests=2) as client:
+        app = client.app
+        batcher = app.state.pipeline.batcher
+        hand_out = batcher._hand_out
+
+        def crash(*_: Any) -> None:
+            batcher._hand_out = hand_out
+            raise SystemExit("out of luck")
+
+        batcher._hand_out = crash
+        warm_up = Engine.warm_up
+
+        def slowly(self: Engine, longest: int) -> None:
+            building.set()
+            assert built.wait(20)
+            warm_up(self, longest)
+
+        monkeypatch.setattr(Engine, "warm_up", slowly)
+        # Two of three are taken; the third's request goes down with them, the others wait.
+        asked = [["w1", "w2", "w3"], ["w4"], ["w5", "w6", "w7"]]
+        requests = [asyncio.create_task(post(client, input=texts)) for texts in asked]
+        await until(lambda: batcher.unanswered == 7)
+        await asyncio.to_thread(gate.entered.wait, 20)
+        gate.opened.set()
+        await asyncio.to_thread(building.wait, 20)
+        first = await requests[0]  # told at once, not after the building
+        assert (first.status_code, first.json()["error"]["type"]) == (500, "engine_failed")
+        assert not requests[1].done()
+        assert (await client.get("/livez")).status_code == 200
+        assert (await client.get("/readyz")).status_code == 503
+        late = asyncio.create_task(post(client, input="w8"))
+        built.set()
+        assert [(await one).status_code for one in (*requests[1:], late)] == [200] * 3
+        assert (await client.get("/readyz")).status_code == 200
+        values = await series(client)
+        assert sample(values, "engine_rebuilds_total") == 1
+        assert sample(values, "samples_total") == 5
+        assert sample(values, "queue_requests") == batcher.unanswered == 0
+    assert "the engine crashed, and is built anew once" in caplog.text
+
+
+async def test_an_engine_that_cannot_be_built_anew_is_dead(
+    running: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Engine, _: Any) -> Any:
+        raise SystemExit
+
+    async with running() as client:
+        lifecycle = client.app.state.pipeline.lifecycle
+        monkeypatch.setattr(Engine, "warm_up", broken)
+        monkeypatch.setattr(Engine, "__call__", broken)
+        assert (await post(client, input="w1")).status_code == 500
+        await lifecycle.died.wait()
+        assert (await post(client, input="w1")).status_code == 503
+        await until(lambda: not any(one.name == "engine" for one in threading.enumerate()))
+        assert (await client.get("/livez")).status_code == 503
+        assert sample(await series(client), "engine_rebuilds_total") == 0

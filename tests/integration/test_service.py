@@ -23,7 +23,7 @@ from offramp_model.cost import StepTable
 from offramp_model.recorded import record_exits
 from offramp_service.__main__ import main
 from offramp_service.app import create_app
-from offramp_service.engine import Course
+from offramp_service.engine import Course, Engine
 from offramp_service.settings import Settings
 
 Running = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
@@ -634,19 +634,17 @@ async def test_probes_through_a_life(running: Running) -> None:
 
 
 async def test_an_engine_that_dies_is_seen_by_everybody(
-    running: Running, caplog: pytest.LogCaptureFixture
+    running: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fatal(app: FastAPI) -> None:
-        def engine(jobs: Any) -> Iterator[Any]:
-            raise SystemExit
-            yield
+    def fatal(self: Engine, jobs: Any) -> Any:
+        raise SystemExit
 
-        app.state.pipeline.batcher._engine = engine
-
-    async with running(fatal) as client:
-        responses = [await post(client, input="w1") for _ in range(2)]
-        assert [one.status_code for one in responses] == [503, 503]
-        assert responses[0].json()["error"]["message"] == "the engine has stopped"
+    async with running() as client:
+        monkeypatch.setattr(Engine, "__call__", fatal)
+        responses = [await post(client, input="w1") for _ in range(3)]
+        # The first is built anew; the second is the last.
+        assert [one.status_code for one in responses] == [500, 503, 503]
+        assert responses[1].json()["error"]["message"] == "the engine has stopped"
         async with asyncio.timeout(10):
             while (await client.get("/livez")).status_code == 200:  # noqa: ASYNC110 - see `until`
                 await asyncio.sleep(0.001)

@@ -16,6 +16,7 @@ from offramp_model.calibration import CalibrationTable, CurvePoint
 from offramp_model.policies import never, threshold_range
 from offramp_service.errors import InvalidInput
 from offramp_service.jobs import Controls, Depth
+from offramp_service.quality import SpeedupCorrection
 from offramp_service.served_model import ServedModel
 
 SPEEDUP_HEADER = "X-Speedup"
@@ -41,8 +42,10 @@ class Asked:
 class ControlDesk:
     """Resolves controls for one served model; the server waits `longest_ms` for anybody."""
 
-    def __init__(self, model: ServedModel, longest_ms: int) -> None:
-        self._model, self._longest_ms = model, longest_ms
+    def __init__(
+        self, model: ServedModel, longest_ms: int, correction: SpeedupCorrection | None = None
+    ) -> None:
+        self._model, self._longest_ms, self._correction = model, longest_ms, correction
         self._never = never(model.policy)
         self._thresholds = threshold_range(model.policy, model.config)
         self._to_the_end: ExitCounts = (*[0] * (model.num_layers - 1), 1)
@@ -62,7 +65,15 @@ class ControlDesk:
             depth=_depth(exit_counts, min_layer, max_layer),
             speedup=speedup,
             deadline_s=self._deadline(asked.deadline_ms),
+            expected=self._expected(speedup, min_layer, max_layer),
         )
+
+    def _expected(self, speedup: float | None, min_layer: int, max_layer: int) -> Depth | None:
+        """How deep calibration has texts go at a requested speed-up, if it was asked."""
+        table = self._model.table
+        if speedup is None or speedup == 1.0 or table is None:
+            return None
+        return _depth(table.point_for(speedup).exit_counts, min_layer, max_layer)
 
     def _deadline(self, deadline_ms: int | None) -> float | None:
         if deadline_ms is None:
@@ -99,8 +110,14 @@ class ControlDesk:
             )
         if speedup == 1.0 or model.table is None:
             return self._never, self._to_the_end, speedup
-        point = model.table.point_for(speedup)
+        point = model.table.point_for(self._corrected(speedup))
         return point.threshold, point.exit_counts, speedup
+
+    def _corrected(self, speedup: float) -> float:
+        """The speed-up to look up, so that the one that was asked for is what comes out."""
+        if self._correction is None:
+            return speedup
+        return self._correction.apply(speedup, self._model.min_speedup, self._model.max_speedup)
 
     def _at_threshold(self, threshold: float, param: str) -> tuple[float, ExitCounts, None]:
         least, most = self._thresholds
@@ -133,6 +150,12 @@ class ControlDesk:
                 param="max_layer",
             )
         return exits[bisect_left(exits, low)], exits[exits_before - 1]
+
+
+def full_depth(model: ServedModel) -> Controls:
+    """Those of a text that is to run to the end, whatever its exits say."""
+    layers = model.num_layers
+    return Controls(never(model.policy), 1, layers, Depth.full(layers))
 
 
 @lru_cache(maxsize=1024)

@@ -6,6 +6,7 @@ Plain data without tensors, so that the batcher stays free of torch and the engi
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import sub
 from typing import Any, Literal, Protocol
 
 ExitReason = Literal["criterion", "final", "forced"]
@@ -48,6 +49,11 @@ class Depth:
         """Layers that 95 % of such texts do not exceed."""
         return sum(share > LATE_SHARE for share in self.inside)
 
+    @cached_property
+    def exit_shares(self) -> tuple[float, ...]:
+        """Share that leaves after each layer."""
+        return tuple(map(sub, self.inside, (*self.inside[1:], 0.0)))
+
     def share_going_on(self, layer: int, after: int) -> float:
         """Of texts still inside after `layer`, the share that runs another one after `after`."""
         if after >= len(self.inside):
@@ -70,6 +76,9 @@ class Controls:
     depth: Depth  # how deep such texts go
     speedup: float | None = None  # what was asked for; None when a raw threshold was
     deadline_s: float | None = None  # from the request's arrival; later answers are worth nothing
+    # How deep calibration has such texts go at the speed-up that was asked for; None where it was
+    # not asked: raw thresholds, and a speed-up of 1.
+    expected: Depth | None = None
 
 
 @dataclass(frozen=True, slots=True)

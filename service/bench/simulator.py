@@ -42,14 +42,17 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One request of one text: when it comes, how large it is, where it will leave, and how long
-    its client waits."""
+    """One text: when it comes, how large it is, where it will leave, and how long its client waits.
+
+    Those of one `request` come together; None is a request of its own.
+    """
 
     arrives: float
     tokens: int
     depth: Depth
     exit_layer: int
     deadline_s: float | None = None
+    request: int | None = None
 
 
 @dataclass(slots=True)
@@ -178,18 +181,27 @@ class Simulation:
         return self.device.exit_layers[-1] if number is None else self._texts[number].exit_layer
 
     def _admit(self) -> None:
-        while self._come < len(self._traffic):
-            number, text = self._traffic[self._come]
-            if text.arrives > self.now:
-                return
-            self._come += 1
-            job = self._job(number, text)
-            if self._refuses and job.deadline is not None:
-                end = text.arrives + self._scheduler.seconds_until_answered([job], self.now)
-                if end > job.deadline:
-                    self.outcome.refused.append(number)
+        while self._come < len(self._traffic) and self._traffic[self._come][1].arrives <= self.now:
+            request = self._next_request()
+            now = request[0][1].arrives
+            jobs = [self._job(number, text) for number, text in request]
+            if self._refuses and (deadline := jobs[0].deadline) is not None:
+                end = now + self._scheduler.seconds_until_answered(jobs, self.now)
+                if end > deadline:
+                    self.outcome.refused += [number for number, _ in request]
                     continue
-            self._scheduler.add([job], text.arrives)
+            self._scheduler.add(jobs, now)
+
+    def _next_request(self) -> list[tuple[int, Text]]:
+        """The next text to come, with those of its request."""
+        first = self._traffic[self._come]
+        end = self._come + 1
+        if first[1].request is not None:
+            while end < len(self._traffic) and self._traffic[end][1].request == first[1].request:
+                end += 1
+        request = self._traffic[self._come : end]
+        self._come = end
+        return request
 
     def _job(self, number: int, text: Text) -> Job:
         layers = self.device.exit_layers[-1]

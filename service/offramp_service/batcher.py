@@ -16,6 +16,7 @@ comes later finds the future done and is dropped.
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,9 @@ from offramp_service.scheduler import Group, Scheduler, Step
 from offramp_service.shadow import ShadowWatch, sample_of
 
 log = logging.getLogger(__name__)
+
+# The longest that a refused client is told to wait: nobody knows the load further ahead.
+MOST_RETRY_S = 60
 
 # A step that computes longer than this is taken for stuck by /livez.
 STUCK_AFTER_S = 60.0
@@ -178,7 +182,8 @@ class Batcher:
                 f"{texts} texts can never be queued at once; at most {most} can", status=413
             )
         if self._texts + texts > most:
-            raise Overloaded(f"queue is full ({most} requests)")
+            excess = self._texts + texts - most
+            raise self._overloaded(f"queue is full ({most} requests)", texts=excess)
         self._texts += texts
         try:
             yield ClientBatch(request_id, asyncio.get_running_loop(), self._clock())
@@ -231,8 +236,18 @@ class Batcher:
             raise InvalidInput(
                 f"{tokens} tokens can never be queued at once; at most {most} can", status=413
             )
-        if self.scheduler.queue.tokens + tokens > most:
-            raise Overloaded(f"queue is full ({most} tokens)")
+        excess = self.scheduler.queue.tokens + tokens - most
+        if excess > 0:
+            raise self._overloaded(f"queue is full ({most} tokens)", tokens=excess)
+
+    def _overloaded(self, message: str, *, texts: int = 0, tokens: int = 0) -> Overloaded:
+        """There is one text or token too many, or more; says when there may be room."""
+        with self._changed:
+            room_s = self.scheduler.seconds_until_room(self._clock(), texts=texts, tokens=tokens)
+        if room_s is None:
+            return Overloaded(message)
+        retry_after_s = min(max(1, math.ceil(room_s)), MOST_RETRY_S)
+        return Overloaded(message, retry_after_s=retry_after_s)
 
     def _check_deadline(self, batch: ClientBatch, jobs: Sequence[Job], now: float) -> None:
         """Refuse a request whose texts, by what layers cost, cannot all be answered in time; they

@@ -14,6 +14,9 @@ DispatchReason = Literal["full", "tokens", "deadline", "idle"]
 """What ended the forming of a batch: its texts, its tokens, a member's deadline, or an empty
 queue."""
 
+LEAST_PRIORITY, MOST_PRIORITY = -100, 100
+"""The lower, the sooner; 0 where nobody says."""
+
 LATE_SHARE = 0.05
 """Of a class's texts that may run deeper than what is planned for."""
 
@@ -76,6 +79,7 @@ class Controls:
     depth: Depth  # how deep such texts go
     speedup: float | None = None  # what was asked for; None when a raw threshold was
     deadline_s: float | None = None  # from the request's arrival; later answers are worth nothing
+    priority: int = 0  # LEAST_PRIORITY to MOST_PRIORITY
     # How deep calibration has such texts go at the speed-up that was asked for; None where it was
     # not asked: raw thresholds, and a speed-up of 1.
     expected: Depth | None = None

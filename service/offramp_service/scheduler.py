@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
-from offramp_service.job_queue import HORIZON_S, JobQueue, latest_start
+from offramp_service.job_queue import HORIZON_S, JobQueue, place_of
 from offramp_service.jobs import Course, Depth, DispatchReason, Job, Left
 
 if TYPE_CHECKING:  # its package brings torch
@@ -142,7 +142,7 @@ class Scheduler:
 
     def add(self, jobs: Sequence[Job], now: float) -> None:
         """Queue the texts of one request, at the place of the most urgent."""
-        self.queue.add(jobs, self._latest_start(jobs, now))
+        self.queue.add(jobs, place_of(jobs, now, self.costs))
 
     def add_shadow(self, job: Job) -> bool:
         """Keep a text for when nobody waits; False if there is no room for it."""
@@ -156,13 +156,22 @@ class Scheduler:
         started, those who go before them, they themselves. 0 where costs are unknown."""
         if self.costs is None:
             return 0.0
-        place = self._latest_start(jobs, now)
+        place = place_of(jobs, now, self.costs)
         running = max(0.0, self._free_at - now)
         budget = self.plan.max_batch_tokens
         return running + self.queue.seconds_before(place, jobs, self.costs, budget)
 
-    def _latest_start(self, jobs: Sequence[Job], now: float) -> float:
-        return min(latest_start(job, now, self.costs) for job in jobs)
+    def seconds_until_room(self, now: float, *, texts: int = 0, tokens: int = 0) -> float | None:
+        """How long until so many of the waiting texts and tokens are done with, if nobody else
+        comes: what has been started, and that share of the queue. None where costs are unknown."""
+        if self.costs is None:
+            return None
+        queue, budget = self.queue, self.plan.max_batch_tokens
+        running = max(0.0, self._free_at - now)
+        if not queue:
+            return running
+        share = min(1.0, max(texts / len(queue), tokens / queue.tokens))
+        return running + share * queue.seconds_for_all(self.costs, budget)
 
     # -- what to do next ---------------------------------------------------------------------
 

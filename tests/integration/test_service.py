@@ -445,6 +445,23 @@ async def test_a_full_queue_answers_429_and_recovers(running: Running) -> None:
     assert sample(values, "request_failures_total", "overloaded") == 1
 
 
+async def test_429_says_when_to_come_back(running: Running) -> None:
+    gate = Gate()
+    limits = {"max_concurrent_requests": 4, "max_client_batch_size": 4, "max_batch_requests": 1}
+    async with running(gate.around, warmup=True, **limits) as client:
+        waiting = asyncio.create_task(post(client, input=["w1", "w2", "w3", "w4"]))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        assert (await post(client, input="w5")).headers["retry-after"] == "1"
+        batcher = client.app.state.pipeline.batcher  # type: ignore[attr-defined]
+        # Three texts of three tokens wait, which run four layers: a little less than 12 s each.
+        batcher.scheduler.learn(StepTable((1, 1000), (0.99, 990.0)))
+        for texts, retry_after in ((1, "12"), (2, "24"), (4, "36")):
+            refused = await post(client, input=["w5"] * texts)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, retry_after)
+        gate.opened.set()
+        assert (await waiting).status_code == 200
+
+
 async def test_a_late_answer_is_504(running: Running) -> None:
     gate = Gate()
     async with running(gate.around, request_timeout_ms=50) as client:

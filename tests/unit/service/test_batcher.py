@@ -147,6 +147,32 @@ async def test_a_full_queue_refuses_whole_client_batches(
     assert batcher.unanswered == 0
 
 
+async def test_who_is_refused_is_told_when_there_may_be_room(make_batcher: MakeBatcher) -> None:
+    """Texts of 3 tokens and 4 layers, of which a layer takes 0.5 s; a batch holds all."""
+    batcher = make_batcher(fakes.FakeEngine(), max_texts=10, max_queued_tokens=33)
+
+    async def retry_after(texts: int, tokens: int = 3) -> int | None:
+        with pytest.raises(Overloaded) as error:
+            await fakes.ask(batcher, [fakes.job(9, tokens=tokens) for _ in range(texts)])
+        return error.value.retry_after_s
+
+    waiting = asyncio.create_task(fakes.ask(batcher, [fakes.job(number) for number in range(10)]))
+    await asyncio.sleep(0)
+    assert await retry_after(1) == 1  # nobody knows
+    batcher.scheduler.learn(StepTable((3, 3000), (0.5, 500.0)))
+    assert await retry_after(1) == 2  # a tenth of 20 s
+    assert await retry_after(7) == 14
+    batcher.scheduler.learn(StepTable((3, 3000), (50.0, 50_000.0)))
+    assert await retry_after(5) == 60
+    batcher.scheduler.learn(StepTable((3, 3000), (5e-6, 5e-3)))
+    assert await retry_after(5) == 1
+    batcher._texts -= 1  # a text was answered, and the tokens are what is short
+    batcher.scheduler.learn(StepTable((3, 3000), (0.5, 500.0)))
+    assert await retry_after(1, tokens=18) == 10  # 15 of the 30 that wait
+    batcher._texts += 1
+    waiting.cancel()
+
+
 async def test_a_failing_batch_fails_its_own_requests_only(
     make_batcher: MakeBatcher, served: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:

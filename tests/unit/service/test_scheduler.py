@@ -2,6 +2,7 @@
 the very code that serves."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from loading import load
 from offramp_model.cost import GRID, StepTable
+from offramp_service import job_queue
 from offramp_service.job_queue import HORIZON_S
 from offramp_service.jobs import Answer, Controls, Depth, Job, Left
 from offramp_service.scheduler import (
@@ -192,6 +194,19 @@ def test_expected_time_counts_what_has_been_started() -> None:
     running = it.seconds_until_answered([text(10, deadline=9.0)], 5.02)
     assert running == pytest.approx(0.06 - 0.02 + 6e-3)
     assert scheduler().seconds_until_answered([text(10, deadline=9.0)], 0.0) == 0.0
+
+
+def test_room_comes_when_that_share_of_the_work_is_done() -> None:
+    it = scheduler(LINEAR)
+    assert scheduler().seconds_until_room(0.0, texts=1) is None
+    assert it.seconds_until_room(0.0, texts=1) == 0.0  # whoever fills the house is not here yet
+    add(it, text(100))
+    it.next_step(5.0)  # 6 layers of 10 ms
+    assert it.seconds_until_room(5.02, texts=3) == pytest.approx(0.04)
+    add(it, *(text(50, queued_at=5.0) for _ in range(4)))  # 6 layers of 5 ms each
+    assert it.seconds_until_room(5.02, texts=1) == pytest.approx(0.04 + 0.03)
+    assert it.seconds_until_room(5.02, tokens=100) == pytest.approx(0.04 + 0.06)
+    assert it.seconds_until_room(5.02, texts=99) == pytest.approx(0.04 + 0.12)
 
 
 # -- alike together --------------------------------------------------------------------------------
@@ -588,6 +603,37 @@ def test_shadow_texts_run_in_the_gaps_and_cost_clients_a_stretch_at_most(world: 
     if not world["deadlines"]:
         assert len(outcome.answered) == len(traffic)
         assert outcome.text_layers == sum(outcome.exit_layers.values())
+
+
+def test_single_texts_need_not_wait_for_a_large_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of eight texts, three quarters of what the device can do, 40 % of it in requests of
+    32. With and without letting small requests pass; a request's time is that of its last text."""
+    costs, rng = TABLES["linear"], random.Random(0)
+    device = sim.Device(costs, tuple(range(1, LAYERS + 1)))
+    each_s, share = LAYERS * costs(32), 0.02
+    traffic, now = [], 0.0
+    for number in range(4000):
+        now += rng.expovariate(0.75 / each_s / (32 * share + 1 - share))
+        count = 32 if rng.random() < share else 1
+        traffic += [sim.Text(now, 32, FULL, LAYERS, request=number)] * count
+    sizes = Counter(one.request for one in traffic)
+
+    def mean_times() -> tuple[float, float]:
+        outcome = sim.Simulation(Plan(256, 8), device, traffic).run()
+        last: dict[int, float] = {}
+        for number, one in enumerate(traffic):
+            last[one.request] = max(last.get(one.request, 0.0), outcome.answered[number])
+        singles, large = (
+            [took for request, took in last.items() if (sizes[request] > 1) == is_large]
+            for is_large in (False, True)
+        )
+        return sum(singles) / len(singles), sum(large) / len(large)
+
+    singles, large = mean_times()
+    monkeypatch.setattr(job_queue, "FURTHER_TEXT_S", 0.0)
+    singles_before, large_before = mean_times()
+    assert singles < 0.9 * singles_before
+    assert large < 1.2 * large_before
 
 
 def test_merging_pays_where_batches_are_small_and_layers_flat() -> None:

@@ -99,6 +99,8 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         "layer_cost": _costs(costs) if (costs := pipeline.batcher.scheduler.costs) else None,
         "group_batches": settings.group_batches,
         "backlog_merging": _merging(pipeline.batcher.scheduler),
+        "shadow_rate": settings.shadow_rate,
+        "speedup_correction": settings.speedup_correction,
     }
 
 

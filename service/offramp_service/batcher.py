@@ -181,8 +181,8 @@ class Batcher:
             raise InvalidInput(
                 f"{texts} texts can never be queued at once; at most {most} can", status=413
             )
-        if self._texts + texts > most:
-            excess = self._texts + texts - most
+        excess = self._texts + texts - most
+        if excess > 0:
             raise self._overloaded(f"queue is full ({most} requests)", texts=excess)
         self._texts += texts
         try:

@@ -108,8 +108,8 @@ def place_of(jobs: Sequence[Job], now: float, seconds: LayerSeconds | None) -> f
 
     Many texts without a deadline let smaller requests pass that come a little later. Their client
     has its answer when the last is known, and single texts would have to wait for all of them. All
-    of its texts stand back, not only the later ones: the request is delayed as much either way, and
-    this way lets twice as many pass.
+    of its texts stand back, not only the later ones: that lets more small requests pass, and large
+    ones do not slow each other down by taking turns.
     """
     yielding_s = min((len(jobs) - 1) * FURTHER_TEXT_S, MOST_YIELDING_S)
     return min(

@@ -42,14 +42,17 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One request of one text: when it comes, how large it is, where it will leave, and how long
-    its client waits."""
+    """One text: when it comes, how large it is, where it will leave, and how long its client waits.
+
+    Those of one `request` come together; None is a request of its own.
+    """
 
     arrives: float
     tokens: int
     depth: Depth
     exit_layer: int
     deadline_s: float | None = None
+    request: int | None = None
 
 
 @dataclass(slots=True)
@@ -65,6 +68,10 @@ class Outcome:
     ends: float = 0.0
     longest_pause_s: float = 0.0  # of a group between two of its steps
     joined: int = 0
+    shadows_compared: int = 0
+    shadows_dropped: int = 0
+    shadow_layers: int = 0
+    longest_shadow_s: float = 0.0  # of a stretch, during which no client's text can start
 
 
 class _Client:
@@ -79,11 +86,18 @@ class _Client:
         return self.due is not None and self._world.now > self.due
 
 
+class _Nobody:
+    """Waits for a shadow text."""
+
+    abandoned = False
+
+
 class SimulatedCourse:
     """A batch under way on the device: each `next` lets the time of a stretch pass."""
 
     def __init__(self, world: "Simulation", jobs: Sequence[Job]) -> None:
         self._world, self._device = world, world.device
+        self._shadow = jobs[0] not in world.numbers
         self._jobs = list(jobs)
         self._inside = set(range(len(jobs)))
         self._carried = float(sum(job.tokens for job in jobs))
@@ -102,7 +116,10 @@ class SimulatedCourse:
             self._carried = tokens
         world.spend((exit_layer - before) * device.costs(self._carried) + device.sync_s)
         run = len(self._inside)
-        world.outcome.text_layers += run * (exit_layer - before)
+        if self._shadow:
+            world.outcome.shadow_layers += run * (exit_layer - before)
+        else:
+            world.outcome.text_layers += run * (exit_layer - before)
         leavers = [place for place in self._inside if world.leaves_at(jobs[place]) <= exit_layer]
         self._inside.difference_update(leavers)
         self._passed += 1
@@ -128,12 +145,14 @@ class Simulation:
         *,
         costs_known: bool = True,
         refuses: bool = True,
+        shadow_rate: float = 0.0,
     ) -> None:
         self.device, self.now, self.outcome = device, 0.0, Outcome()
         self._traffic = sorted(enumerate(traffic), key=lambda pair: pair[1].arrives)
         self._scheduler = Scheduler(plan, device.costs if costs_known else None)
-        self._refuses = refuses
-        self._numbers: dict[Job, int] = {}
+        self._refuses, self._shadow_rate = refuses, shadow_rate
+        self._draws = random.Random(0)
+        self.numbers: dict[Job, int] = {}  # of clients' texts
         self._texts = dict(self._traffic)
         self._come = 0
         self._last_ran: dict[Group, float] = {}
@@ -144,7 +163,7 @@ class Simulation:
             self._admit()
             step = self._scheduler.next_step(self.now)
             if step is not None:
-                self._carry_out(step)
+                (self._carry_out_shadow if step.group.shadow else self._carry_out)(step)
             elif self._come < len(self._traffic):
                 self.now = self._traffic[self._come][1].arrives
             else:
@@ -158,21 +177,31 @@ class Simulation:
         self.now += seconds
 
     def leaves_at(self, job: Job) -> int:
-        return self._texts[self._numbers[job]].exit_layer
+        number = self.numbers.get(job)
+        return self.device.exit_layers[-1] if number is None else self._texts[number].exit_layer
 
     def _admit(self) -> None:
-        while self._come < len(self._traffic):
-            number, text = self._traffic[self._come]
-            if text.arrives > self.now:
-                return
-            self._come += 1
-            job = self._job(number, text)
-            if self._refuses and job.deadline is not None:
-                end = text.arrives + self._scheduler.seconds_until_answered([job], self.now)
-                if end > job.deadline:
-                    self.outcome.refused.append(number)
+        while self._come < len(self._traffic) and self._traffic[self._come][1].arrives <= self.now:
+            request = self._next_request()
+            now = request[0][1].arrives
+            jobs = [self._job(number, text) for number, text in request]
+            if self._refuses and (deadline := jobs[0].deadline) is not None:
+                end = now + self._scheduler.seconds_until_answered(jobs, self.now)
+                if end > deadline:
+                    self.outcome.refused += [number for number, _ in request]
                     continue
-            self._scheduler.add([job], text.arrives)
+            self._scheduler.add(jobs, now)
+
+    def _next_request(self) -> list[tuple[int, Text]]:
+        """The next text to come, with those of its request."""
+        first = self._traffic[self._come]
+        end = self._come + 1
+        if first[1].request is not None:
+            while end < len(self._traffic) and self._traffic[end][1].request == first[1].request:
+                end += 1
+        request = self._traffic[self._come : end]
+        self._come = end
+        return request
 
     def _job(self, number: int, text: Text) -> Job:
         layers = self.device.exit_layers[-1]
@@ -182,14 +211,14 @@ class Simulation:
         job.waiter, job.index, job.queued_at = client, 0, text.arrives
         job.deadline = None if text.deadline_s is None else text.arrives + text.deadline_s
         client.due = job.deadline
-        self._numbers[job] = number
+        self.numbers[job] = number
         return job
 
     def _carry_out(self, step: Step) -> None:
         """As the batcher does."""
         group, outcome = step.group, self.outcome
         if step.opened is not None:
-            outcome.starts += [self._numbers[job] for job in group.jobs]
+            outcome.starts += [self.numbers[job] for job in group.jobs]
             group.course = SimulatedCourse(self, group.jobs)
         for waited in (group, step.joined):
             if waited is not None and waited in self._last_ran:
@@ -206,11 +235,37 @@ class Simulation:
         group.passed(left)
         for place, _ in left.answers:
             job = group.jobs[place]
-            number = self._numbers[job]
+            number = self.numbers[job]
             assert number not in outcome.exit_layers, "a text was answered twice"
             if not job.abandoned:
                 outcome.answered[number] = self.now - job.queued_at
             outcome.exit_layers[number] = left.exit_layer
+            if left.exit_layer < self.device.exit_layers[-1]:
+                self._sample(job)
+
+    def _sample(self, job: Job) -> None:
+        """Perhaps run a text that left early again."""
+        if self._draws.random() >= self._shadow_rate:
+            return
+        layers = self.device.exit_layers[-1]
+        again = Job(job.ids, [], Controls(0.0, 1, layers, Depth.full(layers)))
+        again.waiter, again.index, again.queued_at, again.deadline = _Nobody(), 0, self.now, None
+        self.outcome.shadows_dropped += not self._scheduler.add_shadow(again)
+
+    def _carry_out_shadow(self, step: Step) -> None:
+        group, outcome, began = step.group, self.outcome, self.now
+        if group.inside:  # else it only comes to its end, which costs nothing
+            assert not self._scheduler.queue, "a shadow ran while a client's text waited"
+            assert not self._scheduler.groups, "a shadow ran while a client's text was under way"
+        if step.opened is not None:
+            group.course = SimulatedCourse(self, group.jobs)
+        left = next(group.course, None)
+        if left is None:
+            self._scheduler.close(group)
+            return
+        outcome.longest_shadow_s = max(outcome.longest_shadow_s, self.now - began)
+        outcome.shadows_compared += len(left.answers)
+        group.passed(left)
 
 
 def poisson(

@@ -24,19 +24,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from offramp_model.cost import StepTable
 from offramp_service.api_keys import Keyring
 from offramp_service.batcher import Batcher, Limits
+from offramp_service.controls import full_depth
 from offramp_service.engine import Engine
 from offramp_service.engine_thread import EngineThread
 from offramp_service.errors import NotReady, ServiceError, Unauthorized
 from offramp_service.gate import Gate
 from offramp_service.lifecycle import Lifecycle
-from offramp_service.metrics import Metrics
+from offramp_service.metrics import Metrics, QualityView
 from offramp_service.pipeline import Pipeline
+from offramp_service.quality import ExitWatch, SpeedupCorrection
 from offramp_service.request_log import RequestLog
 from offramp_service.routes import classify, infer, info, predict, probes, v2
 from offramp_service.routes.door import CALL, WORDING, Call
 from offramp_service.scheduler import Plan, Scheduler
 from offramp_service.served_model import ServedModel, SettingsError, load_model
 from offramp_service.settings import Settings
+from offramp_service.shadow import ShadowWatch
 from offramp_service.witness import Record, Witness
 
 if TYPE_CHECKING:
@@ -79,9 +82,12 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
 
     engine = make_engine()
     limits = Limits(settings.max_concurrent_requests, settings.max_queued_tokens)
-    batcher = Batcher(engine, Scheduler(_plan(settings, model)), limits, metrics)
+    correction = SpeedupCorrection() if settings.speedup_correction else None
+    exits, shadow = ExitWatch(model.num_layers, correction), _shadow(settings, model)
+    scheduler = Scheduler(_plan(settings, model))
+    batcher = Batcher(engine, scheduler, limits, metrics, exits=exits, shadow=shadow)
     lifecycle = Lifecycle()
-    pipeline = Pipeline(settings, model, batcher, metrics, lifecycle)
+    pipeline = Pipeline(settings, model, batcher, metrics, lifecycle, correction)
 
     def prepare() -> None:
         costs = _warm(engine, settings, model)
@@ -111,6 +117,7 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
         return lifecycle.ready and engine_alive() and not thread.rebuilding
 
     metrics.watch_service(ready=ready, inflight=lambda: lifecycle.inflight)
+    _watch(metrics, exits, correction)
     _describe(metrics, model)
 
     @asynccontextmanager
@@ -224,6 +231,11 @@ def _warm(engine: Engine, settings: Settings, model: ServedModel) -> StepTable |
     return _open_lane(engine, settings, model) if model.tensor_device == "cuda" else None
 
 
+def _shadow(settings: Settings, model: ServedModel) -> ShadowWatch | None:
+    rate = settings.shadow_rate
+    return ShadowWatch(rate, full_depth(model)) if rate else None
+
+
 def _open_lane(engine: Engine, settings: Settings, model: ServedModel) -> StepTable | None:
     """Run batches on the device without the host in between, where the lane covers the model."""
     try:
@@ -245,6 +257,17 @@ def _log_costs(costs: StepTable, scheduler: Scheduler) -> None:
     )
     if scheduler.plan.merge_backlog and (reason := scheduler.why_not_merging):
         log.warning("--backlog-merging stays off: %s", reason)
+
+
+def _watch(metrics: Metrics, exits: ExitWatch, correction: SpeedupCorrection | None) -> None:
+    metrics.watch_quality(
+        QualityView(
+            texts=lambda: exits.texts,
+            share_drift=lambda: exits.share_drift,
+            speedup_drift=lambda: exits.speedup_drift,
+            correction=lambda: correction.factor if correction is not None else 1.0,
+        )
+    )
 
 
 def _describe(metrics: Metrics, model: ServedModel) -> None:

@@ -16,6 +16,7 @@ comes later finds the future done and is dropped.
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,14 +32,27 @@ from offramp_service.errors import (
     Overloaded,
     ServiceError,
 )
-from offramp_service.jobs import DispatchReason, Engine, ExitReason, Job, Left, TimedAnswer
+from offramp_service.jobs import (
+    Answer,
+    DispatchReason,
+    Engine,
+    ExitReason,
+    Job,
+    Left,
+    TimedAnswer,
+)
 from offramp_service.metrics import Metrics, QueueView
+from offramp_service.quality import ExitWatch
 from offramp_service.scheduler import Group, Scheduler, Step
+from offramp_service.shadow import ShadowWatch, sample_of
 
 log = logging.getLogger(__name__)
 
 # The event loop gets so long to tell those whom a crash concerns; it may have ended.
 _TELLING_S = 5.0
+# The longest that a refused client is told to wait: nobody knows the load further ahead.
+MOST_RETRY_S = 60
+
 # A step that computes longer than this is taken for stuck by /livez.
 STUCK_AFTER_S = 60.0
 
@@ -110,9 +124,12 @@ class Batcher:
         limits: Limits,
         metrics: Metrics,
         *,
+        exits: ExitWatch | None = None,
+        shadow: ShadowWatch | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._engine, self._limits, self._metrics, self._clock = engine, limits, metrics, clock
+        self._exits, self._shadow = exits, shadow
         # Event loop only:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: set[ClientBatch] = set()  # submitted and unanswered
@@ -167,8 +184,9 @@ class Batcher:
             raise InvalidInput(
                 f"{texts} texts can never be queued at once; at most {most} can", status=413
             )
-        if self._texts + texts > most:
-            raise Overloaded(f"queue is full ({most} requests)")
+        excess = self._texts + texts - most
+        if excess > 0:
+            raise self._overloaded(f"queue is full ({most} requests)", texts=excess)
         self._texts += texts
         try:
             yield ClientBatch(request_id, asyncio.get_running_loop(), self._clock())
@@ -201,6 +219,8 @@ class Batcher:
 
     def close(self, farewell: str = "the server is shutting down") -> None:
         """Let go of everybody still waiting, admit nothing more, and end `serve`."""
+        if self._shadow is not None:
+            self._shadow.closed = True
         # Failed first, so that the engine takes none of them in the meantime.
         for batch in self._open:
             batch.fail(NotReady(farewell))
@@ -219,8 +239,18 @@ class Batcher:
             raise InvalidInput(
                 f"{tokens} tokens can never be queued at once; at most {most} can", status=413
             )
-        if self.scheduler.queue.tokens + tokens > most:
-            raise Overloaded(f"queue is full ({most} tokens)")
+        excess = self.scheduler.queue.tokens + tokens - most
+        if excess > 0:
+            raise self._overloaded(f"queue is full ({most} tokens)", tokens=excess)
+
+    def _overloaded(self, message: str, *, texts: int = 0, tokens: int = 0) -> Overloaded:
+        """There is one text or token too many, or more; says when there may be room."""
+        with self._changed:
+            room_s = self.scheduler.seconds_until_room(self._clock(), texts=texts, tokens=tokens)
+        if room_s is None:
+            return Overloaded(message)
+        retry_after_s = min(max(1, math.ceil(room_s)), MOST_RETRY_S)
+        return Overloaded(message, retry_after_s=retry_after_s)
 
     def _check_deadline(self, batch: ClientBatch, jobs: Sequence[Job], now: float) -> None:
         """Refuse a request whose texts, by what layers cost, cannot all be answered in time; they
@@ -253,7 +283,13 @@ class Batcher:
             if isinstance(answer, ServiceError):
                 batch.fail(answer)
             else:
+                # Also of those who have gone meanwhile: where a text leaves is not their doing.
+                self._watch_exit(job, answer.answer.exit_layer)
                 batch.answer(job.index, answer)
+
+    def _watch_exit(self, job: Job, exit_layer: int) -> None:
+        if self._exits is not None and job.controls.expected is not None:
+            self._exits.note(job.controls.expected, exit_layer)
 
     def _finish(self, jobs: Sequence[Job], failure: ServiceError) -> None:
         """Nobody may wait for a batch that is over."""
@@ -281,7 +317,10 @@ class Batcher:
         """The engine thread's main loop, until `close`."""
         try:
             while (step := self._next_step()) is not None:
-                self._carry_out(step)
+                if step.group.shadow:
+                    self._carry_out_shadow(step)
+                else:
+                    self._carry_out(step)
         finally:
             self._busy_since = None
 
@@ -348,6 +387,7 @@ class Batcher:
         answers: list[tuple[Job, TimedAnswer | ServiceError]] = []
         broken: list[tuple[Job, Exception]] = []
         exits: list[tuple[ExitReason, float]] = []
+        again: list[Job] = []
         for index, answer in left.answers:
             job = group.jobs[index]
             if isinstance(answer, Exception):
@@ -358,10 +398,12 @@ class Batcher:
                 timed = TimedAnswer(answer, began - job.queued_at, now - began, began)
                 exits.append((answer.reason, timed.inference_s))
                 answers.append((job, timed))
+                again += self._sample(job, answer, now)
         # Counted first: whoever has an answer finds it in the metrics.
         self._metrics.texts_left(left.exit_layer, exits)
         if answers:
             self._post(lambda: self._settle(answers))
+        self._queue_shadows(again)
         if broken:
             names = _names([job for job, _ in broken])
             text = "%d of %d texts of a batch failed: %s, requests %s"
@@ -374,6 +416,50 @@ class Batcher:
             if not self.scheduler.groups:
                 self._busy_since = None
         self._post(lambda: self._finish(group.jobs, failure))
+
+    # -- engine thread: second runs, which no client waits for ---------------------------------
+
+    def _sample(self, job: Job, answer: Answer, now: float) -> list[Job]:
+        """The second run of a text, if it is to have one."""
+        again = self._shadow.choose(job, answer, now) if self._shadow is not None else None
+        return [again] if again is not None else []
+
+    def _queue_shadows(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
+        with self._changed:
+            dropped = sum(not self.scheduler.add_shadow(job) for job in jobs)
+        self._metrics.shadows_dropped(dropped)
+
+    def _carry_out_shadow(self, step: Step) -> None:
+        """Run a shadow batch to its next exit. Nothing of it counts as service to anybody, and a
+        failure costs a few comparisons."""
+        group, left = step.group, None
+        self._busy_since = self._clock()
+        try:
+            if step.opened is not None:
+                group.course = self._engine(group.jobs)
+            left = next(group.course, None)
+            if left is not None:
+                self._compare(group, left)
+        except Exception:
+            log.exception("a shadow batch of %d texts failed", len(group.jobs))
+            left = None
+        if left is None:
+            self._metrics.shadows_dropped(len(group.inside))
+            with self._changed:
+                self.scheduler.close(group)
+            self._busy_since = None
+
+    def _compare(self, group: Group, left: Left) -> None:
+        self._metrics.shadow_layers_ran(range(group.layer + 1, left.exit_layer + 1), left.texts_run)
+        for index, answer in left.answers:
+            sample = sample_of(group.jobs[index])
+            if isinstance(answer, Exception):
+                self._metrics.shadows_dropped(1)
+            else:
+                self._metrics.shadow_compared(sample.exit_layer, agrees=sample.agrees(answer))
+        group.passed(left)
 
     def _post(self, callback: Callable[[], None]) -> None:
         assert self._loop is not None

@@ -15,7 +15,8 @@ from functools import lru_cache
 from offramp_model.calibration import CalibrationTable, CurvePoint
 from offramp_model.policies import never, threshold_range
 from offramp_service.errors import InvalidInput
-from offramp_service.jobs import Controls, Depth
+from offramp_service.jobs import LEAST_PRIORITY, MOST_PRIORITY, Controls, Depth
+from offramp_service.quality import SpeedupCorrection
 from offramp_service.schemas.shared import Asked
 from offramp_service.served_model import ServedModel
 
@@ -34,8 +35,10 @@ _DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 class ControlDesk:
     """Resolves controls for one served model; the server waits `longest_ms` for anybody."""
 
-    def __init__(self, model: ServedModel, longest_ms: int) -> None:
-        self._model, self._longest_ms = model, longest_ms
+    def __init__(
+        self, model: ServedModel, longest_ms: int, correction: SpeedupCorrection | None = None
+    ) -> None:
+        self._model, self._longest_ms, self._correction = model, longest_ms, correction
         self._never = never(model.policy)
         self._thresholds = threshold_range(model.policy, model.config)
         self._to_the_end: ExitCounts = (*[0] * (model.num_layers - 1), 1)
@@ -55,7 +58,16 @@ class ControlDesk:
             depth=_depth(exit_counts, min_layer, max_layer),
             speedup=speedup,
             deadline_s=self._deadline(asked.deadline_ms, headers),
+            expected=self._expected(speedup, min_layer, max_layer),
+            priority=_priority(asked.priority),
         )
+
+    def _expected(self, speedup: float | None, min_layer: int, max_layer: int) -> Depth | None:
+        """How deep calibration has texts go at a requested speed-up, if it was asked."""
+        table = self._model.table
+        if speedup is None or speedup == 1.0 or table is None:
+            return None
+        return _depth(table.point_for(speedup).exit_counts, min_layer, max_layer)
 
     def _deadline(self, deadline_ms: float | None, headers: Mapping[str, str]) -> float | None:
         param = "deadline_ms"
@@ -126,8 +138,14 @@ class ControlDesk:
             )
         if speedup == 1.0 or model.table is None:
             return self._never, self._to_the_end, speedup
-        point = model.table.point_for(speedup)
+        point = model.table.point_for(self._corrected(speedup))
         return point.threshold, point.exit_counts, speedup
+
+    def _corrected(self, speedup: float) -> float:
+        """The speed-up to look up, so that the one that was asked for is what comes out."""
+        if self._correction is None:
+            return speedup
+        return self._correction.apply(speedup, self._model.min_speedup, self._model.max_speedup)
 
     def _at_threshold(self, threshold: float, param: str) -> tuple[float, ExitCounts, None]:
         least, most = self._thresholds
@@ -162,6 +180,12 @@ class ControlDesk:
         return exits[bisect_left(exits, low)], exits[exits_before - 1]
 
 
+def full_depth(model: ServedModel) -> Controls:
+    """Those of a text that is to run to the end, whatever its exits say."""
+    layers = model.num_layers
+    return Controls(never(model.policy), 1, layers, Depth.full(layers))
+
+
 @lru_cache(maxsize=1024)
 def _depth(exit_counts: tuple[int, ...], min_layer: int, max_layer: int) -> Depth:
     """One object for each class, because its sums are kept in it."""
@@ -177,6 +201,15 @@ def _point_at(table: CalibrationTable, threshold: float) -> CurvePoint:
     sign = 1.0 if rising else -1.0
     index = bisect_left(points, sign * threshold, key=lambda point: sign * point.threshold)
     return points[min(index, len(points) - 1)]
+
+
+def _priority(priority: int) -> int:
+    if not LEAST_PRIORITY <= priority <= MOST_PRIORITY:
+        raise InvalidInput(
+            f"priority is {priority!s:.40}, allowed is {LEAST_PRIORITY} to {MOST_PRIORITY}",
+            param="priority",
+        )
+    return priority
 
 
 def _number(text: str, header: str) -> float:

@@ -34,7 +34,7 @@ class ServiceError(Exception):
     status: int = 500
     kind: str = "internal_error"
     reason: Reason = "backend"  # label of offramp_request_failures_total
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: int | None = None  # header Retry-After, in whole seconds
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -103,7 +103,10 @@ class Overloaded(ServiceError):
     status = 429
     kind = "overloaded"
     reason: Reason = "overloaded"
-    retry_after_s = 1
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int = 1) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
 
 
 class NotReady(ServiceError):

@@ -5,6 +5,9 @@ meet their deadline, and of arrival where that is the same. A text without a dea
 if it had to start within a second, so that first come, first served stays the rule among such
 texts, and nobody with a deadline can keep them waiting for ever.
 
+Priority and size move a request by a bounded time (`place_of`). Its place is fixed when it comes,
+while those who come later get later ones: waiting alone brings everybody to the front.
+
 Plain data under somebody else's lock and clock: it knows no promises, threads or time.
 """
 
@@ -18,6 +21,10 @@ LayerSeconds = Callable[[float], float]
 
 HORIZON_S = 1.0
 """Within which a text without a deadline is to start."""
+PRIORITY_S = 0.01
+"""A step of priority is worth so much waiting; all of them, a second in either direction."""
+FURTHER_TEXT_S, MOST_YIELDING_S = 0.001, 0.25
+"""A request stands behind smaller ones that come so much later for each text more; at most."""
 
 Entry = tuple[float, int, Job]
 """Latest start, arrival, text."""
@@ -81,8 +88,36 @@ class JobQueue:
         counted = [*(job for _, _, job in self._entries[:end]), *jobs]
         tokens = sum(job.tokens for job in counted)
         work = sum(job.tokens * job.controls.depth.mean for job in counted)
-        batch = min(tokens, budget)
-        return work * seconds(batch) / batch if batch else 0.0
+        return _in_full_batches(work, tokens, seconds, budget)
+
+    def seconds_for_all(self, seconds: LayerSeconds, budget: int) -> float:
+        """How long all that waits takes, at about the same cost for each text whatever its size:
+        a sum over the queue would cost a refused request more than it is worth."""
+        mean_layers = self.layers / len(self._entries) if self._entries else 0.0
+        return _in_full_batches(self.tokens * mean_layers, self.tokens, seconds, budget)
+
+
+def _in_full_batches(work: float, tokens: int, seconds: LayerSeconds, budget: int) -> float:
+    """Seconds of so many token-layers, in batches as large as there are tokens."""
+    batch = min(tokens, budget)
+    return work * seconds(batch) / batch if batch else 0.0
+
+
+def place_of(jobs: Sequence[Job], now: float, seconds: LayerSeconds | None) -> float:
+    """Where the texts of one request stand, all of them: where the most urgent does.
+
+    Many texts without a deadline let smaller requests pass that come a little later. Their client
+    has its answer when the last is known, and single texts would have to wait for all of them. All
+    of its texts stand back, not only the later ones: that lets more small requests pass, and large
+    ones do not slow each other down by taking turns.
+    """
+    yielding_s = min((len(jobs) - 1) * FURTHER_TEXT_S, MOST_YIELDING_S)
+    return min(
+        latest_start(job, now, seconds)
+        + (yielding_s if job.deadline is None else 0.0)
+        + job.controls.priority * PRIORITY_S
+        for job in jobs
+    )
 
 
 def latest_start(job: Job, now: float, seconds: LayerSeconds | None) -> float:

@@ -6,12 +6,16 @@ Plain data without tensors, so that the batcher stays free of torch and the engi
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import sub
 from typing import Any, Literal, Protocol
 
 ExitReason = Literal["criterion", "final", "forced"]
 DispatchReason = Literal["full", "tokens", "deadline", "idle"]
 """What ended the forming of a batch: its texts, its tokens, a member's deadline, or an empty
 queue."""
+
+LEAST_PRIORITY, MOST_PRIORITY = -100, 100
+"""The lower, the sooner; 0 where nobody says."""
 
 LATE_SHARE = 0.05
 """Of a class's texts that may run deeper than what is planned for."""
@@ -48,6 +52,11 @@ class Depth:
         """Layers that 95 % of such texts do not exceed."""
         return sum(share > LATE_SHARE for share in self.inside)
 
+    @cached_property
+    def exit_shares(self) -> tuple[float, ...]:
+        """Share that leaves after each layer."""
+        return tuple(map(sub, self.inside, (*self.inside[1:], 0.0)))
+
     def share_going_on(self, layer: int, after: int) -> float:
         """Of texts still inside after `layer`, the share that runs another one after `after`."""
         if after >= len(self.inside):
@@ -70,6 +79,10 @@ class Controls:
     depth: Depth  # how deep such texts go
     speedup: float | None = None  # what was asked for; None when a raw threshold was
     deadline_s: float | None = None  # from the request's arrival; later answers are worth nothing
+    priority: int = 0  # LEAST_PRIORITY to MOST_PRIORITY
+    # How deep calibration has such texts go at the speed-up that was asked for; None where it was
+    # not asked: raw thresholds, and a speed-up of 1.
+    expected: Depth | None = None
 
 
 @dataclass(frozen=True, slots=True)

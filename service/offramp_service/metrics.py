@@ -58,6 +58,16 @@ class Outcomes:
             self.bad_s += seconds
 
 
+@dataclass(frozen=True, slots=True)
+class QualityView:
+    """What a scrape reads from the quality watch."""
+
+    texts: Callable[[], float]
+    share_drift: Callable[[], float]
+    speedup_drift: Callable[[], float]
+    correction: Callable[[], float]
+
+
 class Metrics:
     """All metrics of one served model."""
 
@@ -77,6 +87,7 @@ class Metrics:
         self._make_request_metrics(routes)
         self._make_exit_metrics()
         self._make_batch_metrics()
+        self._make_shadow_metrics()
         self._make_gauges()
 
     # -- the series --------------------------------------------------------------------------
@@ -138,6 +149,31 @@ class Metrics:
         )
         self._survivors = [self._child(survivors, layer=str(layer)) for layer in layers]
 
+    def _make_shadow_metrics(self) -> None:
+        compared = self._counter(
+            "shadow_agreement_total",
+            "Texts that left early and were run again to the end, by where they had left: is the "
+            "last exit's label the same?",
+            *("layer", "agree"),
+        )
+        self._agreement = {
+            (layer, agrees): self._child(compared, layer=str(layer), agree=str(agrees).lower())
+            for layer in range(1, self._num_layers)
+            for agrees in (True, False)
+        }
+        self._shadows_dropped = self._child(
+            self._counter(
+                "shadow_dropped_total",
+                "Texts drawn for a second run that were not compared: no room, or it failed",
+            )
+        )
+        self._shadow_runs = self._child(
+            self._counter(
+                "shadow_layer_executions_total",
+                "Text-layers of second runs; in no other series of texts, layers, batches or time",
+            )
+        )
+
     def _make_batch_metrics(self) -> None:
         tokens = self._counter("tokens_total", "Tokens computed", "kind")
         self._real_tokens = self._child(tokens, kind="real")
@@ -173,6 +209,23 @@ class Metrics:
         self._inflight = self._gauge("inflight_requests", "Requests being answered")
         self._default_speedup = self._gauge("default_speedup", "For requests that name none")
         self._ready = self._gauge("ready", "1 while /readyz says yes")
+        self._watched_texts = self._gauge(
+            "drift_texts", "Last texts that asked for a speed-up; what drift is computed from"
+        )
+        self._share_drift = self._gauge(
+            "exit_share_drift",
+            "Population stability index of where these texts left against calibration, for the "
+            "speed-ups they asked for: 0 is none, above 0.25 is a shift",
+        )
+        self._speedup_drift = self._gauge(
+            "speedup_drift",
+            "Speed-up that these texts achieved over what calibration gives for what they asked",
+        )
+        self._correction = self._gauge(
+            "speedup_correction", "What requested speed-ups are multiplied with; 1 is as asked"
+        )
+        self._speedup_drift.set(1)
+        self._correction.set(1)
 
     # -- events ------------------------------------------------------------------------------
 
@@ -227,6 +280,17 @@ class Metrics:
     def engine_rebuilt(self) -> None:
         self._rebuilds.inc()
 
+    def shadow_compared(self, layer: int, *, agrees: bool) -> None:
+        """A text that had left after a layer came out of its second run."""
+        self._agreement[layer, agrees].inc()
+
+    def shadows_dropped(self, texts: int) -> None:
+        self._shadows_dropped.inc(texts)
+
+    def shadow_layers_ran(self, layers: range, texts: int) -> None:
+        """So many texts of a shadow batch ran these layers."""
+        self._shadow_runs.inc(len(layers) * texts)
+
     # -- Triton's statistics -----------------------------------------------------------------
 
     def statistics(self) -> dict[str, Any]:
@@ -263,6 +327,12 @@ class Metrics:
         self._queue_requests.set_function(queue.requests)
         self._queue_tokens.set_function(queue.tokens)
         self._queue_work.set_function(queue.layer_work)
+
+    def watch_quality(self, quality: QualityView) -> None:
+        self._watched_texts.set_function(quality.texts)
+        self._share_drift.set_function(quality.share_drift)
+        self._speedup_drift.set_function(quality.speedup_drift)
+        self._correction.set_function(quality.correction)
 
     def watch_service(self, *, ready: Callable[[], float], inflight: Callable[[], float]) -> None:
         self._ready.set_function(ready)

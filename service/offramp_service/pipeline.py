@@ -21,6 +21,7 @@ from offramp_service.errors import EmptyInput, InvalidInput, Overloaded
 from offramp_service.jobs import Controls, Job, TimedAnswer
 from offramp_service.lifecycle import Lifecycle
 from offramp_service.metrics import Metrics
+from offramp_service.quality import SpeedupCorrection
 from offramp_service.served_model import ServedModel
 from offramp_service.settings import Settings
 
@@ -58,10 +59,11 @@ class Pipeline:
         batcher: Batcher,
         metrics: Metrics,
         lifecycle: Lifecycle,
+        correction: SpeedupCorrection | None = None,
     ) -> None:
         self.settings, self.model, self.metrics = settings, model, metrics
         self.batcher, self.lifecycle = batcher, lifecycle
-        self.controls = ControlDesk(model, settings.request_timeout_ms)
+        self.controls = ControlDesk(model, settings.request_timeout_ms, correction)
         self._tokenizer: TextTokenizer = model.tokenizer
         self._specials = {
             pair: len(self._tokenizer.encode([("", "")] if pair else [""], truncate=False)[0])

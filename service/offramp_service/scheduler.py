@@ -8,14 +8,18 @@ Waiting texts stand in the order of their latest start (`job_queue.py`). A batch
 front and runs to completion before the next one starts. In backlog mode (off unless asked for, and
 only where a layer's cost has a flat part) batches stand at their exits like queues of their own,
 and a deeper one may wait for a younger one to catch up.
+
+Shadow texts (`shadow.py`) have a place of their own, and are run only while no client's text waits
+or is under way.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
-from offramp_service.job_queue import HORIZON_S, JobQueue, latest_start
+from offramp_service.job_queue import HORIZON_S, JobQueue, place_of
 from offramp_service.jobs import Course, Depth, DispatchReason, Job, Left
 
 if TYPE_CHECKING:  # its package brings torch
@@ -31,6 +35,13 @@ JOINING = 0.05
 """Of a layer; two batches that save less by joining are not worth moving."""
 LEAST_KNEE = 128
 """Tokens: with a knee of a few texts, the flat part is the price of a call, not an idle device."""
+SHADOW_TEXTS, SHADOW_TOKENS = 8, 256
+"""Of a shadow batch. A client's text that arrives while one runs has to wait for its stretch to the
+next exit (in the device lane: for all of it), which is why it is kept far below what the engine
+takes at once; a single longer text runs alone."""
+MOST_SHADOWS = 64
+"""That wait. A server that is never idle drops the others, which costs precision and nobody's
+time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +62,7 @@ class Group:
     jobs: list[Job]  # in the engine's order, those that left included
     layer: int = 0
     skipped: int = 0  # turns in which another group ran
+    shadow: bool = False  # of second runs, that no client waits for
     inside: dict[int, Job] = field(init=False)  # those that have not left, by place
     course: Course = field(init=False)  # filled by who computes it
 
@@ -97,6 +109,8 @@ class Scheduler:
     def __init__(self, plan: Plan, costs: "StepTable | None" = None) -> None:
         self.plan, self.queue = plan, JobQueue()
         self.groups: list[Group] = []
+        self.shadows: deque[Job] = deque()  # that wait, in order of arrival
+        self._shadow: Group | None = None  # under way; not among the groups, which never meet it
         self._free_at = 0.0  # when what was started is expected to be done
         self._backlog = False
         self.learn(costs)
@@ -128,20 +142,36 @@ class Scheduler:
 
     def add(self, jobs: Sequence[Job], now: float) -> None:
         """Queue the texts of one request, at the place of the most urgent."""
-        self.queue.add(jobs, self._latest_start(jobs, now))
+        self.queue.add(jobs, place_of(jobs, now, self.costs))
+
+    def add_shadow(self, job: Job) -> bool:
+        """Keep a text for when nobody waits; False if there is no room for it."""
+        if len(self.shadows) >= MOST_SHADOWS:
+            return False
+        self.shadows.append(job)
+        return True
 
     def seconds_until_answered(self, jobs: Sequence[Job], now: float) -> float:
         """How long the texts of a request that arrives now would take, at best: what has been
         started, those who go before them, they themselves. 0 where costs are unknown."""
         if self.costs is None:
             return 0.0
-        place = self._latest_start(jobs, now)
+        place = place_of(jobs, now, self.costs)
         running = max(0.0, self._free_at - now)
         budget = self.plan.max_batch_tokens
         return running + self.queue.seconds_before(place, jobs, self.costs, budget)
 
-    def _latest_start(self, jobs: Sequence[Job], now: float) -> float:
-        return min(latest_start(job, now, self.costs) for job in jobs)
+    def seconds_until_room(self, now: float, *, texts: int = 0, tokens: int = 0) -> float | None:
+        """How long until so many of the waiting texts and tokens are done with, if nobody else
+        comes: what has been started, and that share of the queue. None where costs are unknown."""
+        if self.costs is None:
+            return None
+        queue, budget = self.queue, self.plan.max_batch_tokens
+        running = max(0.0, self._free_at - now)
+        if not queue:
+            return running
+        share = min(1.0, max(texts / len(queue), tokens / queue.tokens))
+        return running + share * queue.seconds_for_all(self.costs, budget)
 
     # -- what to do next ---------------------------------------------------------------------
 
@@ -151,21 +181,54 @@ class Scheduler:
         # Noted here, because admission asks from another thread while groups change.
         if self.costs is not None:
             left = (expected_seconds(g.inside.values(), self.costs, g.layer) for g in self.groups)
-            self._free_at = now + sum(left)
+            self._free_at = now + sum(left) + self._until_shadow_stops(self.costs, step)
         return step
 
+    def _until_shadow_stops(self, costs: "StepTable", step: Step | None) -> float:
+        if step is None or not step.group.shadow:
+            return 0.0
+        if self._can_join:
+            return self._step_s(costs, step.group.tokens)
+        return expected_seconds(step.group.inside.values(), costs, step.group.layer)
+
     def _decide(self, now: float) -> Step | None:
-        if empty := next((group for group in self.groups if not group.inside), None):
+        shadow = self._shadow
+        under_way = self.groups if shadow is None else [*self.groups, shadow]
+        if empty := next((group for group in under_way if not group.inside), None):
             return Step(empty)  # costs nothing: it comes to its end
+        if shadow is not None and not self._can_join:
+            return Step(shadow)  # in the device lane it cannot stand aside, and has to end first
         if self._in_backlog():
             return self._choose(now)
         if self.groups:
             return self._join(max(self.groups, key=lambda group: group.layer))
-        return self._open(now)
+        return self._open(now) or self._run_shadow(now)
 
     def close(self, group: Group) -> None:
         """A group is done with, one way or the other."""
-        self.groups.remove(group)
+        if group is self._shadow:
+            self._shadow = None
+        else:
+            self.groups.remove(group)
+
+    def _run_shadow(self, now: float) -> Step | None:
+        """Nobody waits: the shadow batch goes on from where it stands, or a new one starts."""
+        if self._shadow is not None:
+            return Step(self._shadow)
+        jobs: list[Job] = []
+        tokens = 0
+        while self.shadows and len(jobs) < SHADOW_TEXTS:
+            tokens += self.shadows[0].tokens
+            if jobs and tokens > SHADOW_TOKENS:
+                break
+            job = self.shadows.popleft()
+            if not job.abandoned:
+                job.started_at = now
+                jobs.append(job)
+        if not jobs:
+            return None
+        self._shadow = Group(jobs, shadow=True)
+        return Step(self._shadow, opened="idle")
 
     def _open(self, now: float) -> Step | None:
         jobs, reason = self._form_batch(now)

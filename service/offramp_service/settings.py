@@ -221,6 +221,25 @@ class Settings(BaseSettings):
         str | None, Field(description="when a text may leave; default: the checkpoint's own")
     ] = None
 
+    # quality
+    shadow_rate: Annotated[
+        float,
+        Field(
+            ge=0.0,
+            le=1.0,
+            allow_inf_nan=False,
+            description="share of the texts that left early which are run again to the end while "
+            "nobody waits, to count how often the answers agree",
+        ),
+    ] = 0.0
+    speedup_correction: Annotated[
+        bool,
+        Field(
+            description="where traffic differs from the calibration rows, move the thresholds so "
+            "that requested speed-ups are achieved (by 0.8 to 1.25 of them at most)"
+        ),
+    ] = False
+
     # life cycle
     drain_seconds: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="serve on, unready, after SIGTERM")

@@ -405,6 +405,23 @@ async def test_a_full_queue_answers_429_and_recovers(running: Running) -> None:
     assert sample(values, "request_failures_total", "overloaded") == 1
 
 
+async def test_429_says_when_to_come_back(running: Running) -> None:
+    gate = Gate()
+    limits = {"max_concurrent_requests": 4, "max_client_batch_size": 4, "max_batch_requests": 1}
+    async with running(gate.around, warmup=True, **limits) as client:
+        waiting = asyncio.create_task(post(client, input=["w1", "w2", "w3", "w4"]))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        assert (await post(client, input="w5")).headers["retry-after"] == "1"
+        batcher = client.app.state.pipeline.batcher  # type: ignore[attr-defined]
+        # Three texts of three tokens wait, which run four layers: a little less than 12 s each.
+        batcher.scheduler.learn(StepTable((1, 1000), (0.99, 990.0)))
+        for texts, retry_after in ((1, "12"), (2, "24"), (4, "36")):
+            refused = await post(client, input=["w5"] * texts)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, retry_after)
+        gate.opened.set()
+        assert (await waiting).status_code == 200
+
+
 async def test_a_late_answer_is_504(running: Running) -> None:
     gate = Gate()
     async with running(gate.around, request_timeout_ms=50) as client:
@@ -518,6 +535,88 @@ async def test_a_client_that_leaves_costs_nothing_more(running: Running) -> None
         assert (await post(client, input="w5")).status_code == 200
         values = await series(client)
     assert sample(values, "samples_total") == 1
+
+
+# -- quality watch ---------------------------------------------------------------------------
+
+
+async def test_shadow_runs_count_how_often_early_answers_agree(
+    running: Running, directory: Path, support: ModuleType
+) -> None:
+    texts = support.random_texts(64, seed=12)
+    checkpoint = load_checkpoint(directory)
+    recorded = record_exits(checkpoint.stack(), checkpoint.tokenizer().encode(texts))
+    async with running(shadow_rate=1.0) as client:
+        expected: dict[tuple[int, str], int] = {}
+        for start in range(0, len(texts), 32):
+            asked = {"input": texts[start : start + 32], "speedup": 1.8, "return_details": True}
+            items = (await post(client, **asked)).json()["data"]
+            for index, item in enumerate(items, start):
+                layer, final = item["details"]["exit_layer"], recorded.logits[-1, index].argmax()
+                if layer < 4:
+                    agree = item["label"] == checkpoint.model.labels[final]
+                    key = layer, str(agree).lower()
+                    expected[key] = expected.get(key, 0) + 1
+        assert {agree for _, agree in expected} == {"true", "false"}, "the test needs both"
+        # Full depth by request or by bounds is nothing to run again.
+        await post(client, input=texts[:20])
+        await post(client, input=texts[:20], max_layer=2)
+        batcher = client.app.state.pipeline.batcher  # type: ignore[attr-defined]
+        await until(lambda: not batcher.busy and not batcher.scheduler.shadows)
+        values = await series(client)
+    for layer in (1, 2, 3):
+        for agree in ("true", "false"):
+            seen = sample(values, "shadow_agreement_total", f'layer="{layer}"', f'agree="{agree}"')
+            assert seen == expected.get((layer, agree), 0)
+    assert sample(values, "shadow_layer_executions_total") == 4 * sum(expected.values())
+    assert sample(values, "shadow_dropped_total") == 0
+    assert sample(values, "samples_total") == 64 + 40
+    assert sample(values, "exits_total") == 64 + 40
+    layers = sample(values, "layer_executions_total") + sample(values, "layers_saved_total")
+    assert layers == 4 * (64 + 40)
+    assert sample(values, "queue_requests") == sample(values, "inflight_requests") == 0
+
+
+async def test_drift_is_seen_and_the_thresholds_follow_if_they_may(
+    running: Running, support: ModuleType
+) -> None:
+    """Nothing but the texts that go deepest: slower than calibration says for a speed-up of 1.5."""
+    async with running() as client:
+        values = await series(client)
+        drift = [sample(values, f"{name}_drift") for name in ("exit_share", "speedup")]
+        assert [*drift, sample(values, "drift_texts")] == [0, 1, 0]
+        everything = support.random_texts(300, seed=3)[:200]  # what it was calibrated on
+        layers = []
+        for start in range(0, 200, 25):
+            asked = {"input": everything[start : start + 25], "speedup": 1.5}
+            items = (await post(client, **asked, return_details=True)).json()["data"]
+            layers += [item["details"]["exit_layer"] for item in items]
+        values = await series(client)
+        assert sample(values, "drift_texts") == 200
+        assert sample(values, "exit_share_drift") < 0.01
+        assert sample(values, "speedup_drift") == pytest.approx(1.0, abs=0.01)
+        assert sample(values, "speedup_correction") == 1
+    deep = [text for text, layer in zip(everything, layers, strict=True) if layer == 4][:25]
+    assert deep
+    for corrects in (False, True):
+        async with running(speedup_correction=corrects) as client:
+            first, *_, last = [
+                await post(client, input=deep, speedup=1.5) for _ in range(-(-1600 // len(deep)))
+            ]
+            values = await series(client)
+            assert sample(values, "exit_share_drift") > 0.25
+            assert sample(values, "speedup_drift") < 0.95
+            factor = sample(values, "speedup_correction")
+            threshold = [float(one.headers["x-exit-threshold"]) for one in (first, last)]
+            if corrects:
+                assert 1.0 < factor <= 1.25
+                assert threshold[1] < threshold[0]
+            else:
+                assert (factor, threshold[1]) == (1.0, threshold[0])
+            full = await post(client, input=deep, speedup=1)
+            assert full.headers["x-exit-threshold"] == "inf"
+            raw = await post(client, input=deep, threshold=0.7)
+            assert raw.headers["x-exit-threshold"] == "0.7"
 
 
 # -- limits before tokenising ----------------------------------------------------------------

@@ -100,6 +100,8 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         "tei_strict": settings.tei_strict,
         "group_batches": settings.group_batches,
         "backlog_merging": _merging(pipeline.batcher.scheduler),
+        "shadow_rate": settings.shadow_rate,
+        "speedup_correction": settings.speedup_correction,
     }
 
 

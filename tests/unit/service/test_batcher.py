@@ -23,9 +23,12 @@ from offramp_service.errors import (
     Overloaded,
     ServiceError,
 )
-from offramp_service.jobs import Answer, Engine, Job, Left, TimedAnswer
+from offramp_service.jobs import Answer, Controls, Depth, Engine, Job, Left, TimedAnswer
 from offramp_service.metrics import Metrics
+from offramp_service.quality import ExitWatch
 from offramp_service.routes.door import Patience
+from offramp_service.scheduler import MOST_SHADOWS
+from offramp_service.shadow import ShadowWatch
 
 fakes = load("tests/unit/service/conftest.py")
 
@@ -142,6 +145,32 @@ async def test_a_full_queue_refuses_whole_client_batches(
     await asyncio.gather(waiting, fits)
     assert (read("queue_requests"), read("queue_tokens"), read("queue_layer_work")) == (0, 0, 0)
     assert batcher.unanswered == 0
+
+
+async def test_who_is_refused_is_told_when_there_may_be_room(make_batcher: MakeBatcher) -> None:
+    """Texts of 3 tokens and 4 layers, of which a layer takes 0.5 s; a batch holds all."""
+    batcher = make_batcher(fakes.FakeEngine(), max_texts=10, max_queued_tokens=33)
+
+    async def retry_after(texts: int, tokens: int = 3) -> int | None:
+        with pytest.raises(Overloaded) as error:
+            await fakes.ask(batcher, [fakes.job(9, tokens=tokens) for _ in range(texts)])
+        return error.value.retry_after_s
+
+    waiting = asyncio.create_task(fakes.ask(batcher, [fakes.job(number) for number in range(10)]))
+    await asyncio.sleep(0)
+    assert await retry_after(1) == 1  # nobody knows
+    batcher.scheduler.learn(StepTable((3, 3000), (0.5, 500.0)))
+    assert await retry_after(1) == 2  # a tenth of 20 s
+    assert await retry_after(7) == 14
+    batcher.scheduler.learn(StepTable((3, 3000), (50.0, 50_000.0)))
+    assert await retry_after(5) == 60
+    batcher.scheduler.learn(StepTable((3, 3000), (5e-6, 5e-3)))
+    assert await retry_after(5) == 1
+    batcher._texts -= 1  # a text was answered, and the tokens are what is short
+    batcher.scheduler.learn(StepTable((3, 3000), (0.5, 500.0)))
+    assert await retry_after(1, tokens=18) == 10  # 15 of the 30 that wait
+    batcher._texts += 1
+    waiting.cancel()
 
 
 async def test_a_failing_batch_fails_its_own_requests_only(
@@ -491,3 +520,123 @@ async def _storm(rng: random.Random) -> None:
         metrics.registry.get_sample_value("offramp_samples_total", model) >= admitted_and_answered
     )
     assert len(engine.computed) == len(set(engine.computed)), "a text was computed twice"
+
+
+# -- second runs -----------------------------------------------------------------------------------
+
+FULL_DEPTH = Controls(9.0, 1, fakes.LAYERS, Depth.full(fakes.LAYERS))
+
+
+class ShadowedEngine(fakes.FakeEngine):
+    """Clients' odd texts leave early; run again to the end, one in three says something else."""
+
+    def __call__(self, jobs):
+        if jobs[0].controls is not FULL_DEPTH:
+            assert all(job.controls is not FULL_DEPTH for job in jobs)
+            yield from super().__call__(jobs)
+            return
+        self.batches.append([-job.ids[0] for job in jobs])
+        if self.poison & {-job.ids[0] for job in jobs}:
+            raise RuntimeError("poisoned")
+        yield Left(2, len(jobs), [])
+        answers = [fakes.answer_to(job) for job in jobs]
+        answers = [replace(one, label=0) if one.label % 3 == 0 else one for one in answers]
+        yield Left(fakes.LAYERS, len(jobs), list(enumerate(answers)))
+
+
+def agreement(read: Read, agree: str) -> float:
+    return read("shadow_agreement_total", layer="2", agree=agree)
+
+
+async def test_texts_that_left_early_are_compared_and_counted_nowhere_else(
+    metrics: Metrics, served: Serve, read: Read
+) -> None:
+    shadow, engine = ShadowWatch(1.0, FULL_DEPTH), ShadowedEngine()
+    batcher = served(fakes.batcher_of(engine, metrics, shadow=shadow))
+    await fakes.ask(batcher, [fakes.job(number) for number in range(1, 13)])
+    await until(lambda: agreement(read, "true") + agreement(read, "false") == 6)
+    assert agreement(read, "true") == 4
+    assert agreement(read, "false") == 2  # 3 and 9
+    assert read("shadow_layer_executions_total") == 6 * fakes.LAYERS
+    await until(lambda: not batcher.busy)
+    assert (read("samples_total"), read("batch_size_count")) == (12, 1)
+    assert read("exits_total", layer="4", reason="final") == 6
+    assert [read("layer_executions_total", layer=str(k)) for k in (1, 2, 3, 4)] == [12, 12, 6, 6]
+    assert read("tokens_total", kind="real") == 12 * 3
+    assert (read("queue_requests"), read("queue_tokens"), batcher.unanswered) == (0, 0, 0)
+    assert read("shadow_dropped_total") == 0
+
+
+async def test_shadow_texts_without_room_are_dropped_and_never_refuse_anybody(
+    metrics: Metrics, served: Serve, read: Read
+) -> None:
+    """All early leavers of one batch come at once, more than may wait; limits are those of one
+    request, and the next request fits all the same."""
+    count = 2 * (MOST_SHADOWS + 6)
+    shadow, engine = ShadowWatch(1.0, FULL_DEPTH), ShadowedEngine()
+    limits = {"max_batch_texts": count, "max_texts": count, "max_queued_tokens": 3 * count}
+    batcher = served(fakes.batcher_of(engine, metrics, shadow=shadow, **limits))
+    for _ in range(2):
+        await fakes.ask(batcher, [fakes.job(number) for number in range(1, count + 1)])
+    await until(lambda: read("shadow_layer_executions_total") >= MOST_SHADOWS * fakes.LAYERS)
+    await until(lambda: not batcher.busy and not batcher.scheduler.shadows)
+    compared = agreement(read, "true") + agreement(read, "false")
+    assert read("shadow_dropped_total") >= 6
+    assert compared + read("shadow_dropped_total") == count
+
+
+async def test_a_shadow_batch_that_fails_is_nobodys_trouble(
+    metrics: Metrics, served: Serve, read: Read, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = ShadowedEngine(poison={-1})
+    batcher = served(fakes.batcher_of(engine, metrics, shadow=ShadowWatch(1.0, FULL_DEPTH)))
+    assert labels(await fakes.ask(batcher, [fakes.job(1)])) == [1]
+    await until(lambda: read("shadow_dropped_total") == 1)
+    assert labels(await fakes.ask(batcher, [fakes.job(5)])) == [5]
+    await until(lambda: agreement(read, "true") == 1)
+    assert "a shadow batch of 1 texts failed" in caplog.text
+
+
+async def test_a_closed_service_runs_no_more_shadow_texts(metrics: Metrics, read: Read) -> None:
+    batcher = fakes.batcher_of(ShadowedEngine(), metrics, shadow=ShadowWatch(1.0, FULL_DEPTH))
+    thread = threading.Thread(target=batcher.serve, daemon=True)
+    request = asyncio.create_task(fakes.ask(batcher, [fakes.job(n) for n in range(1, 41)]))
+    await asyncio.sleep(0)
+    batcher._shadow.closed = True  # as `close` says it, at a moment that a test can choose
+    thread.start()
+    await request
+    await until(lambda: not batcher.busy and not batcher.scheduler.shadows)
+    batcher.close()
+    await asyncio.to_thread(thread.join, 10)
+    assert not thread.is_alive()
+    assert agreement(read, "true") + agreement(read, "false") == 0
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.03, 0.5, 1.0])
+def test_the_share_that_is_run_again_is_the_rate(rate: float) -> None:
+    watch, job = ShadowWatch(rate, FULL_DEPTH, seed=5), fakes.job(1)
+    early = fakes.answer_to(job, 2)
+    chosen = [watch.choose(job, early, 1.0) for _ in range(20_000)]
+    drawn = [one for one in chosen if one is not None]
+    assert len(drawn) / 20_000 == pytest.approx(rate, abs=0.012)
+    assert all(one.ids is job.ids and one.controls is FULL_DEPTH for one in drawn)
+    again = ShadowWatch(rate, FULL_DEPTH, seed=5)
+    assert [again.choose(job, early, 1.0) is None for _ in range(100)] == [
+        one is None for one in chosen[:100]
+    ]
+    for reason in ("final", "forced"):
+        assert watch.choose(job, replace(early, reason=reason), 1.0) is None
+
+
+async def test_only_texts_that_calibration_spoke_for_are_watched(
+    metrics: Metrics, served: Serve
+) -> None:
+    exits = ExitWatch(fakes.LAYERS)
+    batcher = served(fakes.batcher_of(fakes.FakeEngine(), metrics, exits=exits))
+    jobs = [fakes.job(number) for number in range(1, 7)]
+    expected = Depth.of((0, 1, 0, 1), 1, 4)
+    for job in jobs[2:]:
+        job.controls = replace(job.controls, expected=expected)
+    await fakes.ask(batcher, jobs)
+    assert (exits.texts, exits.speedup_drift) == (4, 1.0)
+    assert exits.share_drift == pytest.approx(0, abs=1e-9)

@@ -8,8 +8,9 @@ from starlette.datastructures import Headers
 
 from loading import load
 from offramp_kernels.contract import MAX_ROWS
-from offramp_service.controls import Asked, ControlDesk
+from offramp_service.controls import Asked, ControlDesk, full_depth
 from offramp_service.errors import InvalidInput
+from offramp_service.quality import SpeedupCorrection
 from offramp_service.served_model import ServedModel, SettingsError, load_model
 from offramp_service.settings import Settings
 
@@ -56,6 +57,36 @@ def test_one_never_leaves_early_and_more_follows_the_table(
 def test_a_higher_speedup_never_asks_for_a_stricter_threshold(desk: ControlDesk) -> None:
     thresholds = [desk.resolve(Asked(speedup=1 + step / 20), {}).threshold for step in range(60)]
     assert thresholds == sorted(thresholds, reverse=True)
+
+
+def test_what_is_expected_is_what_calibration_has_for_the_speedup_asked_for(
+    desk: ControlDesk, model: ServedModel
+) -> None:
+    assert desk.resolve(Asked(speedup=1.0), {}).expected is None
+    assert desk.resolve(Asked(threshold=0.5), {}).expected is None
+    two = desk.resolve(Asked(speedup=2.0, max_layer=3), {})
+    assert two.expected is two.depth
+    assert full_depth(model).threshold == INF
+    assert full_depth(model).depth.mean == model.num_layers
+
+
+def test_a_correction_moves_the_lookup_within_bounds_and_not_what_is_expected(
+    desk: ControlDesk, model: ServedModel
+) -> None:
+    correction = SpeedupCorrection()
+    corrected = ControlDesk(model, 30_000, correction)
+    assert corrected.resolve(Asked(speedup=2.0), {}) == desk.resolve(Asked(speedup=2.0), {})
+    for _ in range(100):
+        correction.learn(0.5)
+    plain, moved = (one.resolve(Asked(speedup=2.0), {}) for one in (desk, corrected))
+    assert moved.threshold == desk.resolve(Asked(speedup=2.0 * correction.factor), {}).threshold
+    assert moved.threshold < plain.threshold
+    assert moved.depth.mean < plain.depth.mean
+    assert (moved.speedup, moved.expected) == (2.0, plain.expected)
+    most = Asked(speedup=model.max_speedup)
+    assert corrected.resolve(most, {}) == desk.resolve(most, {})
+    for untouched in (Asked(speedup=1.0), Asked(threshold=0.5), Asked()):
+        assert corrected.resolve(untouched, {}) == desk.resolve(untouched, {})
 
 
 def test_body_over_header_over_default_and_threshold_over_speedup(

@@ -18,6 +18,11 @@ def test_every_series_exists_before_the_first_request(metrics: Metrics, read) ->
     assert read("requests_total", route="/classify", code="504") == 0
     assert read("request_failures_total", reason="draining") == 0
     assert read("tokens_total", kind="padding") == 0
+    assert read("shadow_agreement_total", layer="3", agree="false") == 0
+    assert read("speedup_drift") == read("speedup_correction") == 1
+    metrics.shadow_compared(1, agrees=True)
+    metrics.shadow_layers_ran(range(1, 5), 2)
+    metrics.shadows_dropped(1)
     metrics.batch_formed("tokens", 12, [0.1, 0.2])
     metrics.texts_left(2, [("criterion", 0.01), ("forced", 0.01), ("criterion", 0.01)])
     metrics.layers_ran(range(1, 3), 3)
@@ -26,6 +31,8 @@ def test_every_series_exists_before_the_first_request(metrics: Metrics, read) ->
     metrics.request_done("/classify", 200, 0.1)
     metrics.request_failed("backend")
     assert generate_latest(metrics.registry).count(b"\n") == before
+    assert read("shadow_layer_executions_total") == 8
+    assert read("shadow_agreement_total", layer="1", agree="true") == 1
 
 
 def test_the_arithmetic_of_layers(metrics: Metrics, read) -> None:

@@ -2,7 +2,9 @@
 the very code that serves."""
 
 import random
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -10,9 +12,19 @@ from hypothesis import strategies as st
 
 from loading import load
 from offramp_model.cost import GRID, StepTable
+from offramp_service import job_queue
 from offramp_service.job_queue import HORIZON_S
 from offramp_service.jobs import Answer, Controls, Depth, Job, Left
-from offramp_service.scheduler import MOST_GROUPS, Group, Plan, Scheduler, expected_seconds
+from offramp_service.scheduler import (
+    MOST_GROUPS,
+    MOST_SHADOWS,
+    SHADOW_TEXTS,
+    SHADOW_TOKENS,
+    Group,
+    Plan,
+    Scheduler,
+    expected_seconds,
+)
 
 sim = load("service/bench/simulator.py")
 
@@ -182,6 +194,19 @@ def test_expected_time_counts_what_has_been_started() -> None:
     running = it.seconds_until_answered([text(10, deadline=9.0)], 5.02)
     assert running == pytest.approx(0.06 - 0.02 + 6e-3)
     assert scheduler().seconds_until_answered([text(10, deadline=9.0)], 0.0) == 0.0
+
+
+def test_room_comes_when_that_share_of_the_work_is_done() -> None:
+    it = scheduler(LINEAR)
+    assert scheduler().seconds_until_room(0.0, texts=1) is None
+    assert it.seconds_until_room(0.0, texts=1) == 0.0  # whoever fills the house is not here yet
+    add(it, text(100))
+    it.next_step(5.0)  # 6 layers of 10 ms
+    assert it.seconds_until_room(5.02, texts=3) == pytest.approx(0.04)
+    add(it, *(text(50, queued_at=5.0) for _ in range(4)))  # 6 layers of 5 ms each
+    assert it.seconds_until_room(5.02, texts=1) == pytest.approx(0.04 + 0.03)
+    assert it.seconds_until_room(5.02, tokens=100) == pytest.approx(0.04 + 0.06)
+    assert it.seconds_until_room(5.02, texts=99) == pytest.approx(0.04 + 0.12)
 
 
 # -- alike together --------------------------------------------------------------------------------
@@ -369,6 +394,79 @@ def test_a_queue_of_departed_clients_is_no_reason_to_wait() -> None:
     assert not it.queue
 
 
+# -- shadow texts ----------------------------------------------------------------------------------
+
+
+def test_a_shadow_batch_is_small_and_stands_aside_at_every_exit() -> None:
+    it = scheduler(FLAT)
+    for _ in range(SHADOW_TEXTS + 1):
+        assert it.add_shadow(text(16))
+    step = it.next_step(0.0)
+    assert step is not None
+    assert step.group.shadow
+    assert len(step.group.jobs) == SHADOW_TEXTS
+    assert not it.groups
+    # A client's text that comes now waits for this stretch of 1 ms, and for nothing else.
+    assert it.seconds_until_answered([text(16)], 0.0) == pytest.approx(1e-3 + 6e-3)
+    leave(step.group, 1)
+    client = text(16)
+    add(it, client)
+    theirs = it.next_step(0.001)
+    assert theirs is not None
+    assert (theirs.group.jobs, theirs.group.shadow, theirs.joined) == ([client], False, None)
+    leave(theirs.group, 1)  # at the same exit as the shadow batch, and yet not joined by it
+    assert it.seconds_until_answered([text(16)], 0.001) == pytest.approx(6e-3 + 6e-3)
+    going_on = it.next_step(0.002)
+    assert going_on is not None
+    assert going_on.group is theirs.group
+    leave(theirs.group, LAYERS, 0)
+    it.close(theirs.group)
+    resumed = it.next_step(0.007)
+    assert resumed is not None
+    assert (resumed.group, resumed.opened) == (step.group, None)
+    it.close(step.group)
+    rest = it.next_step(0.008)
+    assert rest is not None
+    assert len(rest.group.jobs) == 1
+
+
+def test_a_shadow_batch_is_small_in_tokens_too() -> None:
+    it = scheduler()
+    sizes = (SHADOW_TOKENS + 100, SHADOW_TOKENS // 2, SHADOW_TOKENS // 2, 1)
+    for size in sizes:
+        it.add_shadow(text(size))
+    batches = []
+    while (step := it.next_step(0.0)) is not None:
+        batches.append([job.tokens for job in step.group.jobs])
+        it.close(step.group)
+    assert batches == [[sizes[0]], [*sizes[1:3]], [1]]
+
+
+def test_where_batches_cannot_stand_aside_a_shadow_batch_ends_first() -> None:
+    it = scheduler(FLAT)
+    it.learn(FLAT, can_join=False)
+    it.add_shadow(text(16))
+    step = it.next_step(0.0)
+    assert step is not None
+    assert it.seconds_until_answered([text(16)], 0.0) == pytest.approx(6e-3 + 6e-3)
+    leave(step.group, 1)
+    add(it, text(16))
+    going_on = it.next_step(0.001)
+    assert going_on is not None
+    assert going_on.group is step.group
+
+
+def test_shadow_texts_are_few_and_nobody_listens_to_those_of_a_closed_service() -> None:
+    it = scheduler()
+    kept = [it.add_shadow(text()) for _ in range(MOST_SHADOWS + 5)]
+    assert kept == [True] * MOST_SHADOWS + [False] * 5
+    assert (len(it.queue), it.queue.tokens, it.queue.layers) == (0, 0, 0.0)
+    for job in it.shadows:
+        job.waiter = type("Gone", (), {"abandoned": True})()
+    assert it.next_step(0.0) is None
+    assert not it.shadows
+
+
 # -- whole runs ------------------------------------------------------------------------------------
 
 TABLES = {
@@ -396,7 +494,7 @@ WORLDS = st.fixed_dictionaries(
 MOST_TOKENS = 64
 
 
-def simulate(world: dict, count: int = 120) -> tuple:
+def simulate(world: dict, count: int = 120, **how: float) -> tuple:
     costs, exits, plan = TABLES[world["table"]], world["exits"], world["plan"]
     device = sim.Device(costs, exits, move_s=1e-5, move_token_s=1e-8)
     full = min(plan.max_batch_tokens / 30, plan.max_batch_texts)
@@ -410,7 +508,7 @@ def simulate(world: dict, count: int = 120) -> tuple:
         deadline_s=0.05 if world["deadlines"] else None,
         with_deadline=0.7,
     )
-    return traffic, sim.Simulation(replace(plan), device, traffic).run()
+    return traffic, sim.Simulation(replace(plan), device, traffic, **how).run()
 
 
 def exit_of(text: object, exits: tuple[int, ...]) -> int:
@@ -485,6 +583,57 @@ def test_where_cost_is_linear_the_mode_is_never_entered(world: dict) -> None:
         for on in (False, True)
     )
     assert merged == plain
+
+
+@given(WORLDS)
+@settings(max_examples=100, deadline=None)
+def test_shadow_texts_run_in_the_gaps_and_cost_clients_a_stretch_at_most(world: dict) -> None:
+    """The simulator itself insists that nobody waits while one runs; here, that clients get what
+    they got, and how long the engine is not free for them."""
+    traffic, outcome = simulate(world, shadow_rate=1.0)
+    left_early = [one for one in outcome.exit_layers.values() if one < LAYERS]
+    assert outcome.shadows_compared + outcome.shadows_dropped == len(left_early)
+    assert outcome.shadow_layers == LAYERS * outcome.shadows_compared
+    exits = (0, *world["exits"])
+    stretch = max(after - before for before, after in pairwise(exits))
+    most = stretch * TABLES[world["table"]](max(SHADOW_TOKENS, MOST_TOKENS))
+    assert outcome.longest_shadow_s <= most + 1e-9
+    for number, layer in outcome.exit_layers.items():
+        assert layer == exit_of(traffic[number], world["exits"])
+    if not world["deadlines"]:
+        assert len(outcome.answered) == len(traffic)
+        assert outcome.text_layers == sum(outcome.exit_layers.values())
+
+
+def test_single_texts_need_not_wait_for_a_large_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of eight texts, three quarters of what the device can do, 40 % of it in requests of
+    32. With and without letting small requests pass; a request's time is that of its last text."""
+    costs, rng = TABLES["linear"], random.Random(0)
+    device = sim.Device(costs, tuple(range(1, LAYERS + 1)))
+    each_s, share = LAYERS * costs(32), 0.02
+    traffic, now = [], 0.0
+    for number in range(4000):
+        now += rng.expovariate(0.75 / each_s / (32 * share + 1 - share))
+        count = 32 if rng.random() < share else 1
+        traffic += [sim.Text(now, 32, FULL, LAYERS, request=number)] * count
+    sizes = Counter(one.request for one in traffic)
+
+    def mean_times() -> tuple[float, float]:
+        outcome = sim.Simulation(Plan(256, 8), device, traffic).run()
+        last: dict[int, float] = {}
+        for number, one in enumerate(traffic):
+            last[one.request] = max(last.get(one.request, 0.0), outcome.answered[number])
+        singles, large = (
+            [took for request, took in last.items() if (sizes[request] > 1) == is_large]
+            for is_large in (False, True)
+        )
+        return sum(singles) / len(singles), sum(large) / len(large)
+
+    singles, large = mean_times()
+    monkeypatch.setattr(job_queue, "FURTHER_TEXT_S", 0.0)
+    singles_before, large_before = mean_times()
+    assert singles < 0.9 * singles_before
+    assert large < 1.2 * large_before
 
 
 def test_merging_pays_where_batches_are_small_and_layers_flat() -> None:

@@ -42,6 +42,8 @@ def test_the_machines_name_is_not_an_address(monkeypatch: pytest.MonkeyPatch) ->
         {"max_input_length": 4096},
         {"min_speedup": 3.0, "max_speedup": 2.0},
         {"max_queued_tokens": 0},
+        {"shadow_rate": 1.5},
+        {"shadow_rate": float("nan")},
         {"group_batches": True},
         {"backlog_merging": True},
     ],

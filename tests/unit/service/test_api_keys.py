@@ -39,9 +39,9 @@ def test_exactly_the_keys_are_let_in(
 ) -> None:
     path = tmp_path_factory.mktemp("keys") / "keys"
     lines = [key for key in kept if not key.startswith("#")]
-    path.write_text("\n# comment\n\n" + "\r\n ".join([*lines, own + "-file"]) + "\n")
+    path.write_text("\n# comment\n\n" + "\r\n ".join([*lines, "file-" + own]) + "\n")
     keys = Keyring(own, path)
-    known = {key.encode() for key in (*lines, own, own + "-file")}
+    known = {key.encode() for key in (*lines, own, "file-" + own)}
     assert all(lets_in(keys, key) for key in known)
     assert lets_in(keys, other) == (other in known)
     assert not lets_in(keys, None)

@@ -8,7 +8,7 @@ checked here, against the checkpoint that is served. It knows nothing about door
 import math
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -38,11 +38,27 @@ class Asked:
     deadline_ms: int | None = None
 
 
-class ControlDesk:
-    """Resolves controls for one served model; the server waits `longest_ms` for anybody."""
+@dataclass(frozen=True, slots=True)
+class _Aim:
+    """A threshold, where calibration rows leave at it, and the speed-ups if that is how it was
+    said: asked for, and given."""
 
-    def __init__(self, model: ServedModel, longest_ms: int) -> None:
-        self._model, self._longest_ms = model, longest_ms
+    threshold: float
+    exit_counts: ExitCounts
+    speedup: float | None = None
+    effective: float | None = None
+
+
+class ControlDesk:
+    """Resolves controls for one served model; the server waits `longest_ms` for anybody.
+
+    `floor` says to which speed-up requests are raised at this moment that ask for a smaller one.
+    """
+
+    def __init__(
+        self, model: ServedModel, longest_ms: int, floor: Callable[[], float] = lambda: 1.0
+    ) -> None:
+        self._model, self._longest_ms, self._floor = model, longest_ms, floor
         self._never = never(model.policy)
         self._thresholds = threshold_range(model.policy, model.config)
         self._to_the_end: ExitCounts = (*[0] * (model.num_layers - 1), 1)
@@ -54,14 +70,15 @@ class ControlDesk:
             InvalidInput: a value is out of range; names the field or header.
         """
         min_layer, max_layer = self._bounds(asked)
-        threshold, exit_counts, speedup = self._aim(asked, headers)
+        aim = self._aim(asked, headers)
         return Controls(
-            threshold=threshold,
+            threshold=aim.threshold,
             min_layer=min_layer,
             max_layer=max_layer,
-            depth=_depth(exit_counts, min_layer, max_layer),
-            speedup=speedup,
+            depth=_depth(aim.exit_counts, min_layer, max_layer),
+            speedup=aim.speedup,
             deadline_s=self._deadline(asked.deadline_ms),
+            effective_speedup=aim.effective,
         )
 
     def _deadline(self, deadline_ms: int | None) -> float | None:
@@ -74,11 +91,7 @@ class ControlDesk:
             )
         return deadline_ms / 1000
 
-    def _aim(
-        self, asked: Asked, headers: Mapping[str, str]
-    ) -> tuple[float, ExitCounts, float | None]:
-        """Threshold, where calibration rows leave at it, and the speed-up if that is how it was
-        said."""
+    def _aim(self, asked: Asked, headers: Mapping[str, str]) -> _Aim:
         if asked.threshold is not None:
             return self._at_threshold(asked.threshold, "threshold")
         if asked.speedup is not None:
@@ -89,20 +102,22 @@ class ControlDesk:
             return self._at_speedup(_number(text, SPEEDUP_HEADER), SPEEDUP_HEADER)
         return self._at_speedup(self._model.default_speedup, "speedup")
 
-    def _at_speedup(self, speedup: float, param: str) -> tuple[float, ExitCounts, float]:
+    def _at_speedup(self, speedup: float, param: str) -> _Aim:
         model = self._model
         if not model.min_speedup <= speedup <= model.max_speedup:  # false for NaN as well
             raise InvalidInput(
                 f"{param} is {speedup:g}, allowed is {model.min_speedup:g} to "
-                f"{_floor(model.max_speedup)} (calibrated for policy {model.policy.name})",
+                f"{_rounded_down(model.max_speedup)} (calibrated for policy {model.policy.name})",
                 param=param,
             )
-        if speedup == 1.0 or model.table is None:
-            return self._never, self._to_the_end, speedup
-        point = model.table.point_for(speedup)
-        return point.threshold, point.exit_counts, speedup
+        effective = max(speedup, self._floor())
+        if effective == 1.0 or model.table is None:
+            return _Aim(self._never, self._to_the_end, speedup, effective)
+        point = model.table.point_for(effective)
+        return _Aim(point.threshold, point.exit_counts, speedup, effective)
 
-    def _at_threshold(self, threshold: float, param: str) -> tuple[float, ExitCounts, None]:
+    def _at_threshold(self, threshold: float, param: str) -> _Aim:
+        """A raw threshold is the client's own, whatever the load."""
         least, most = self._thresholds
         if not least <= threshold <= most:
             raise InvalidInput(
@@ -112,7 +127,7 @@ class ControlDesk:
             )
         table = self._model.table
         exit_counts = _point_at(table, threshold).exit_counts if table else self._to_the_end
-        return threshold, exit_counts, None
+        return _Aim(threshold, exit_counts)
 
     def _bounds(self, asked: Asked) -> tuple[int, int]:
         """Layer bounds: `max_layer` is a promise, so it falls to an exit at or before it; who may
@@ -160,6 +175,6 @@ def _number(text: str, header: str) -> float:
     return number
 
 
-def _floor(speedup: float) -> str:
+def _rounded_down(speedup: float) -> str:
     """Rounded down, so that the limit a message names can be asked for."""
     return f"{math.floor(speedup * 1000) / 1000:g}"

@@ -70,6 +70,7 @@ class Controls:
     depth: Depth  # how deep such texts go
     speedup: float | None = None  # what was asked for; None when a raw threshold was
     deadline_s: float | None = None  # from the request's arrival; later answers are worth nothing
+    effective_speedup: float | None = None  # what it was raised to, or `speedup` itself
 
 
 @dataclass(frozen=True, slots=True)

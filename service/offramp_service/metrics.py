@@ -7,6 +7,7 @@ series is fixed. Gauges of the queue are read from the queue when somebody scrap
 It knows nothing about HTTP, threads or tensors; whoever sees an event calls the method.
 """
 
+import math
 from bisect import bisect_right
 from collections import Counter as Tally
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from offramp_service.errors import Reason
 from offramp_service.jobs import DispatchReason, ExitReason
+from offramp_service.slo import Direction
 
 CODES = (200, 400, 404, 413, 422, 429, 499, 500, 503, 504)
 SECONDS = (
@@ -56,6 +58,7 @@ class Metrics:
         self._make_exit_metrics()
         self._make_batch_metrics()
         self._make_gauges()
+        self._make_slo_metrics()
 
     # -- the series --------------------------------------------------------------------------
 
@@ -149,6 +152,28 @@ class Metrics:
         self._default_speedup = self._gauge("default_speedup", "For requests that name none")
         self._ready = self._gauge("ready", "1 while /readyz says yes")
 
+    def _make_slo_metrics(self) -> None:
+        adjustments = self._counter(
+            "controller_adjustments_total", "Moves of the speed-up floor", "direction"
+        )
+        self._adjustments = {
+            direction: self._child(adjustments, direction=direction)
+            for direction in get_args(Direction)
+        }
+        self._slo_target = self._gauge("slo_target_seconds", "p95 to keep; NaN: no target")
+        self._slo_p95 = self._gauge(
+            "slo_p95_seconds", "p95 as the controller sees it; NaN: too few requests"
+        )
+        self._speedup_floor = self._gauge(
+            "speedup_floor",
+            "Speed-up to which the controller raises requests, or would if it only observes",
+        )
+        self._expected_accuracy = self._gauge(
+            "expected_accuracy",
+            "Calibrated accuracy at the default speed-up, raised to the floor; NaN: no calibration",
+        )
+        self._slo_target.set(math.nan)
+
     # -- events ------------------------------------------------------------------------------
 
     def request_done(self, route: str, code: int, seconds: float) -> None:
@@ -198,7 +223,18 @@ class Metrics:
     def engine_worked(self, seconds: float) -> None:
         self._busy_s.inc(seconds)
 
+    def floor_moved(self, direction: Direction) -> None:
+        self._adjustments[direction].inc()
+
     # -- gauges ------------------------------------------------------------------------------
+
+    def slo_set(self, target_s: float) -> None:
+        self._slo_target.set(target_s)
+
+    def slo_seen(self, *, p95_s: float, floor: float, expected_accuracy: float) -> None:
+        self._slo_p95.set(p95_s)
+        self._speedup_floor.set(floor)
+        self._expected_accuracy.set(expected_accuracy)
 
     def watch_queue(self, queue: QueueView) -> None:
         self._queue_requests.set_function(queue.requests)

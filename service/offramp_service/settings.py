@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+SloMode = Literal["off", "observe", "enforce"]
 
 
 class Settings(BaseSettings):
@@ -143,6 +144,33 @@ class Settings(BaseSettings):
         str | None, Field(description="when a text may leave; default: the checkpoint's own")
     ] = None
 
+    # latency target
+    slo_p95_ms: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="95 % of requests are to be answered within; under load speed-ups are "
+            "raised for it; default: no target",
+        ),
+    ] = None
+    slo_controller: Annotated[
+        SloMode | None,
+        Field(
+            description="enforce raises speed-ups, observe only reports how far it would; "
+            "default: enforce where there is a target"
+        ),
+    ] = None
+    min_accuracy: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            le=1,
+            allow_inf_nan=False,
+            description="calibrated accuracy below which the controller raises nobody",
+        ),
+    ] = None
+
     # life cycle
     drain_seconds: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="serve on, unready, after SIGTERM")
@@ -174,6 +202,8 @@ class Settings(BaseSettings):
         if (self.group_batches or self.backlog_merging) and not self.warmup:
             flag = "group_batches" if self.group_batches else "backlog_merging"
             raise ValueError(f"{flag} goes by the costs that warmup measures, which is off")
+        if self.slo_p95_ms is None and self.slo_controller in ("observe", "enforce"):
+            raise ValueError(f"slo_controller {self.slo_controller} needs a target, slo_p95_ms")
         if self.max_speedup is not None and self.max_speedup < self.min_speedup:
             raise ValueError(
                 f"max_speedup {self.max_speedup} is below min_speedup {self.min_speedup}"
@@ -194,6 +224,11 @@ class Settings(BaseSettings):
     @property
     def engine_threads(self) -> int:
         return self.threads if self.threads is not None else usable_cores()
+
+    @property
+    def slo_mode(self) -> SloMode:
+        """What the controller does: nothing without a target."""
+        return "off" if self.slo_p95_ms is None else self.slo_controller or "enforce"
 
     @property
     def model_name(self) -> str:

@@ -26,6 +26,7 @@ from offramp_service.routes.door import (
     ReadBody,
     check_request_id,
     door,
+    raised_header,
     response_headers,
 )
 from offramp_service.schemas import (
@@ -92,6 +93,7 @@ class _Classify:
             tokens=tokens,
             tokenization_s=tokenization_s,
         )
+        headers |= raised_header(controls)
         if ignored:
             headers["x-ignored-fields"] = _names(ignored)
         content = ClassifyResponse(

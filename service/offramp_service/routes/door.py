@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from offramp_service.errors import ClientGone, DeadlineExceeded, InvalidInput, ServiceError
-from offramp_service.jobs import TimedAnswer
+from offramp_service.jobs import Controls, TimedAnswer
 from offramp_service.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -225,6 +225,13 @@ def response_headers(
         "x-speedup-achieved": f"{pipeline.model.num_layers * count / layers_run:.2f}",
         "x-exit-threshold": f"{threshold:.6g}",
     }
+
+
+def raised_header(controls: Controls) -> dict[str, str]:
+    """Says so where load has raised a speed-up above what was asked for."""
+    if controls.effective_speedup == controls.speedup:
+        return {}
+    return {"x-speedup-effective": f"{controls.effective_speedup:.4g}"}
 
 
 def _milliseconds(seconds: float) -> str:

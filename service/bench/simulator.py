@@ -3,7 +3,8 @@
 `offramp_service.scheduler` decides, exactly as it does in the service; only time and the device are
 pretended. A layer takes what a cost table says, a text leaves at the layer that was drawn for it
 beforehand, whatever becomes of its batch, and a client is gone at its deadline. So a run of hours
-takes seconds, and the same seed gives the same run.
+takes seconds, and the same seed gives the same run. Behind a `Front`, the service's SLO controller
+decides at admission how deep a text may go.
 
 It knows no threads, tensors or HTTP. What the front costs (tokenisation, the event loop) is not in
 it.
@@ -11,11 +12,13 @@ it.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from offramp_model.calibration import CalibrationTable, CurvePoint
 from offramp_model.cost import StepTable
 from offramp_service.jobs import Answer, Controls, Depth, Job, Left
 from offramp_service.scheduler import Group, Plan, Scheduler, Step
+from offramp_service.slo import Load, SloController
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +46,14 @@ class Device:
 @dataclass(frozen=True, slots=True)
 class Text:
     """One request of one text: when it comes, how large it is, where it will leave, and how long
-    its client waits."""
+    its client waits. `hardness` in [0, 1) is its place among texts by depth, for a `Front`."""
 
     arrives: float
     tokens: int
     depth: Depth
     exit_layer: int
     deadline_s: float | None = None
+    hardness: float = 0.0
 
 
 @dataclass(slots=True)
@@ -65,6 +69,57 @@ class Outcome:
     ends: float = 0.0
     longest_pause_s: float = 0.0  # of a group between two of its steps
     joined: int = 0
+
+
+@dataclass(slots=True)
+class Front:
+    """Admission as in the service, for texts that all ask for speed-up 1: room for so many, and the
+    floor of a controller, if there is one. It notes what was decided, and what came of it."""
+
+    table: CalibrationTable
+    max_texts: int
+    controller: SloController | None
+    inside: int = 0
+    layers_ahead: float = 0.0
+    layers_run: int = 0
+    busy_s: float = 0.0
+    admitted: list[tuple[float, CurvePoint]] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)  # when
+    answered: list[tuple[float, float]] = field(default_factory=list)  # arrival, seconds
+    moves: list[tuple[float, float]] = field(default_factory=list)  # when, the floor from then on
+
+    def admit(self, text: Text) -> Text | None:
+        """The text as deep as it goes now, or None: there is no room."""
+        self._decide(text.arrives)
+        if self.inside == self.max_texts:
+            self.refused.append(text.arrives)
+            return None
+        point = self.table.point_for(self.controller.floor if self.controller is not None else 1.0)
+        self.admitted.append((text.arrives, point))
+        depth = Depth.of(point.exit_counts, 1, len(point.exit_counts))
+        self.inside += 1
+        self.layers_ahead += depth.mean
+        return replace(text, depth=depth, exit_layer=_exit_of(depth, text.hardness))
+
+    def left(self, now: float, text: Text) -> None:
+        """A text was answered."""
+        self.inside -= 1
+        self.layers_ahead = self.layers_ahead - text.depth.mean if self.inside else 0.0
+        self.answered.append((text.arrives, now - text.arrives))
+        if self.controller is not None:
+            self.controller.finished(now, now - text.arrives)
+            self._decide(now)
+
+    def worked(self, layers: int, seconds: float) -> None:
+        """The engine ran so many text-layers."""
+        self.layers_run += layers
+        self.busy_s += seconds
+
+    def _decide(self, now: float) -> None:
+        room_taken = self.inside / self.max_texts
+        load = Load(self.layers_ahead, self.layers_run, self.busy_s, room_taken)
+        if self.controller is not None and self.controller.decide(now, load) is not None:
+            self.moves.append((now, self.controller.floor))
 
 
 class _Client:
@@ -128,11 +183,12 @@ class Simulation:
         *,
         costs_known: bool = True,
         refuses: bool = True,
+        front: Front | None = None,
     ) -> None:
         self.device, self.now, self.outcome = device, 0.0, Outcome()
         self._traffic = sorted(enumerate(traffic), key=lambda pair: pair[1].arrives)
         self._scheduler = Scheduler(plan, device.costs if costs_known else None)
-        self._refuses = refuses
+        self._refuses, self._front = refuses, front
         self._numbers: dict[Job, int] = {}
         self._texts = dict(self._traffic)
         self._come = 0
@@ -166,6 +222,12 @@ class Simulation:
             if text.arrives > self.now:
                 return
             self._come += 1
+            if self._front is not None:
+                admitted = self._front.admit(text)
+                if admitted is None:
+                    self.outcome.refused.append(number)
+                    continue
+                self._texts[number] = text = admitted
             job = self._job(number, text)
             if self._refuses and job.deadline is not None:
                 end = text.arrives + self._scheduler.seconds_until_answered([job], self.now)
@@ -187,7 +249,7 @@ class Simulation:
 
     def _carry_out(self, step: Step) -> None:
         """As the batcher does."""
-        group, outcome = step.group, self.outcome
+        group, outcome, started = step.group, self.outcome, self.now
         if step.opened is not None:
             outcome.starts += [self._numbers[job] for job in group.jobs]
             group.course = SimulatedCourse(self, group.jobs)
@@ -200,9 +262,13 @@ class Simulation:
             group.course.take_in(step.joined.course)
         left = next(group.course, None)
         self._last_ran[group] = self.now
+        self._admit()  # who came meanwhile came before who leaves now
         if left is None:
             self._scheduler.close(group)
             return
+        if self._front is not None:
+            layers = left.texts_run * (left.exit_layer - group.layer)
+            self._front.worked(layers, self.now - started)
         group.passed(left)
         for place, _ in left.answers:
             job = group.jobs[place]
@@ -210,6 +276,8 @@ class Simulation:
             assert number not in outcome.exit_layers, "a text was answered twice"
             if not job.abandoned:
                 outcome.answered[number] = self.now - job.queued_at
+                if self._front is not None:
+                    self._front.left(self.now, self._texts[number])
             outcome.exit_layers[number] = left.exit_layer
 
 
@@ -240,5 +308,9 @@ def poisson(
 
 def draw(rng: random.Random, depth: Depth) -> int:
     """The layer at which one text of a class leaves."""
-    throw = rng.random()
-    return max(1, sum(share > throw for share in depth.inside))
+    return _exit_of(depth, rng.random())
+
+
+def _exit_of(depth: Depth, hardness: float) -> int:
+    """A text that is harder than such a share of a class leaves later than they."""
+    return max(1, sum(share > hardness for share in depth.inside))

@@ -140,7 +140,12 @@ class Batcher:
     @property
     def load(self) -> Load:
         """What stands before the engine, and how fast it has been."""
-        return Load(self._layers_ahead, *self._done)
+        limits = self._limits
+        room_taken = max(
+            self._texts / limits.max_texts,
+            self.scheduler.queue.tokens / limits.max_queued_tokens,
+        )
+        return Load(self._layers_ahead, *self._done, room_taken)
 
     @property
     def busy(self) -> bool:

@@ -239,6 +239,12 @@ def _floors(settings: Settings, table: CalibrationTable | None, most: float) -> 
             f"--min-accuracy {least:g}: at speed-up 1 this checkpoint's calibrated accuracy is "
             f"{full:.4g}"
         )
+    return accurate_speedups(table, most, least)
+
+
+def accurate_speedups(table: CalibrationTable, most: float, least: float) -> tuple[float, ...]:
+    """The calibrated speed-ups up to `most` with an accuracy of at least `least`; a table is not
+    monotone in accuracy, so there may be gaps."""
     return tuple(
         point.speedup for point in table.points if point.speedup <= most and point.accuracy >= least
     )

@@ -4,13 +4,15 @@ It is told the time, how long each request took and how much work stands before 
 says one number: the *floor* below which no request's speed-up may be while load is high. It knows
 no clock, threads or HTTP, and nothing about who it is that asks.
 
-Two signs of danger, each as a share of the target:
+Three signs of danger, the first two as shares of the target:
 
     p95        of the requests admitted since the last raise: what the present floor gives
     forecast   text-layers that wait or run, over text-layers a second: what newcomers will wait
+    room       share of the admission limits that is taken; `FULL` of it is as bad as the target
 
 The p95 is the truth, and late: it shows a queue only when its texts come out of it. The forecast is
-early, and sees a raised floor at once, because newcomers bring fewer layers. Above `THREATENED` the
+early, and sees a raised floor at once, because newcomers bring fewer layers. The room is there for
+targets so long that requests would be refused before one is in danger. Above `THREATENED` the
 floor goes up in steps, unless the work ahead is shrinking already; below `CALM`, for long enough,
 it goes down in smaller and slower ones. Whoever had to raise again soon after letting go waits
 twice as long the next time, so that a constant load does not make the floor flutter.
@@ -25,18 +27,21 @@ from typing import Literal
 
 Direction = Literal["up", "down"]
 
-DECIDE_S = 0.2
+DECIDE_S = 0.1
 """Between two decisions."""
 THREATENED, CALM = 0.8, 0.5
 """Of the target: above the one the floor goes up, below the other it may go down."""
 RAISE, LET_GO = 1.25, 1.05
 """Factors of one step. From full depth to 1.6 times as fast takes three decisions: less than it
 takes 500 texts a second too many to fill a queue of 512."""
+FULL = 0.5
+"""Of the admission limits. Raising helps newcomers only, who stand behind all that wait at full
+depth: until those are through, the queue grows by as much again as the load is too high."""
 LET_GO_S = 1.0
 """Between two steps down."""
 PATIENCE_S, LONGEST_PATIENCE_S = 5.0, 40.0
 """Of calm before the first step down, and what it grows to where letting go went wrong."""
-SHRINKING = 0.95
+SHRINKING = 0.97
 """Work ahead that is below this share of what it was at the decision before is on its way out."""
 RATE_MEMORY_S = 1.0
 """Seconds of computing over which the engine's rate is known."""
@@ -54,6 +59,7 @@ class Load:
     layers_ahead: float = 0.0  # text-layers that the unanswered texts are expected to need in all
     layers_run: int = 0  # text-layers since the start
     busy_s: float = 0.0  # that they took
+    room_taken: float = 0.0  # share of what may be inside before requests are refused
 
 
 class LatencyWindow:
@@ -171,8 +177,8 @@ class SloController:
         previous_s = self._forecast_s
         per_second = self._rate.after(load)
         self._forecast_s = load.layers_ahead / per_second if per_second else 0.0
-        threat = max(self._forecast_s, self._fresh.p95_s or 0.0) / self.target_s
-        return threat, self._forecast_s < SHRINKING * previous_s
+        late = max(self._forecast_s, self._fresh.p95_s or 0.0) / self.target_s
+        return max(late, load.room_taken / FULL), self._forecast_s < SHRINKING * previous_s
 
     def _raise(self, now: float) -> None:
         if self._level >= self.ceiling:

@@ -17,7 +17,7 @@ PACKAGES := model kernels training service
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow test-gpu test-kserve check lint types imports spelling format \
-        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-service results-quickstart results-sst2 results-objectives clean
+        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-service results-quickstart results-sst2 results-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -102,6 +102,10 @@ bench-gpu: $(INSTALLED) ## on a CUDA device: kernels, a layer by live tokens, th
 bench-scheduler: $(INSTALLED) ## simulated: throughput and p99 by load, for each way to schedule
 	$(BIN)/python service/bench/bench_scheduler.py $(wildcard $(SST2) $(SST2)-int8) --data $(SST2_DATA) \
 	  --json docs/results/scheduler.json
+
+bench-slo: $(INSTALLED) ## simulated: a step of load with the SLO controller and without, on the costs of bench-scheduler
+	$(BIN)/python service/bench/bench_slo.py $(SST2)-int8 --data $(SST2_DATA) --costs docs/results/scheduler.json \
+	  --json docs/results/slo.json
 
 bench-service: $(INSTALLED) ## 200 concurrent clients against the quickstart server
 	$(BIN)/python service/bench/bench_service.py $(QUICKSTART) --data training/data/snips --json docs/results/service.json

@@ -3,7 +3,8 @@
 `offramp_service.scheduler` decides, exactly as it does in the service; only time and the device are
 pretended. A layer takes what a cost table says, a text leaves at the layer that was drawn for it
 beforehand, whatever becomes of its batch, and a client is gone at its deadline. So a run of hours
-takes seconds, and the same seed gives the same run.
+takes seconds, and the same seed gives the same run. Behind a `Front`, the service's SLO controller
+decides at admission how deep a text may go.
 
 It knows no threads, tensors or HTTP. What the front costs (tokenisation, the event loop) is not in
 it.
@@ -11,11 +12,13 @@ it.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from offramp_model.calibration import CalibrationTable, CurvePoint
 from offramp_model.cost import StepTable
 from offramp_service.jobs import Answer, Controls, Depth, Job, Left
 from offramp_service.scheduler import Group, Plan, Scheduler, Step
+from offramp_service.slo import Load, SloController
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,8 @@ class Device:
 class Text:
     """One text: when it comes, how large it is, where it will leave, and how long its client waits.
 
-    Those of one `request` come together; None is a request of its own.
+    Those of one `request` come together; None is a request of its own. `hardness` in [0, 1) is its
+    place among texts by depth, for a `Front`.
     """
 
     arrives: float
@@ -53,6 +57,7 @@ class Text:
     exit_layer: int
     deadline_s: float | None = None
     request: int | None = None
+    hardness: float = 0.0
 
 
 @dataclass(slots=True)
@@ -72,6 +77,57 @@ class Outcome:
     shadows_dropped: int = 0
     shadow_layers: int = 0
     longest_shadow_s: float = 0.0  # of a stretch, during which no client's text can start
+
+
+@dataclass(slots=True)
+class Front:
+    """Admission as in the service, for texts that all ask for speed-up 1: room for so many, and the
+    floor of a controller, if there is one. It notes what was decided, and what came of it."""
+
+    table: CalibrationTable
+    max_texts: int
+    controller: SloController | None
+    inside: int = 0
+    layers_ahead: float = 0.0
+    layers_run: int = 0
+    busy_s: float = 0.0
+    admitted: list[tuple[float, CurvePoint]] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)  # when
+    answered: list[tuple[float, float]] = field(default_factory=list)  # arrival, seconds
+    moves: list[tuple[float, float]] = field(default_factory=list)  # when, the floor from then on
+
+    def admit(self, text: Text) -> Text | None:
+        """The text as deep as it goes now, or None: there is no room."""
+        self._decide(text.arrives)
+        if self.inside == self.max_texts:
+            self.refused.append(text.arrives)
+            return None
+        point = self.table.point_for(self.controller.floor if self.controller is not None else 1.0)
+        self.admitted.append((text.arrives, point))
+        depth = Depth.of(point.exit_counts, 1, len(point.exit_counts))
+        self.inside += 1
+        self.layers_ahead += depth.mean
+        return replace(text, depth=depth, exit_layer=_exit_of(depth, text.hardness))
+
+    def left(self, now: float, text: Text) -> None:
+        """A text was answered."""
+        self.inside -= 1
+        self.layers_ahead = self.layers_ahead - text.depth.mean if self.inside else 0.0
+        self.answered.append((text.arrives, now - text.arrives))
+        if self.controller is not None:
+            self.controller.finished(now, now - text.arrives)
+            self._decide(now)
+
+    def worked(self, layers: int, seconds: float) -> None:
+        """The engine ran so many text-layers."""
+        self.layers_run += layers
+        self.busy_s += seconds
+
+    def _decide(self, now: float) -> None:
+        room_taken = self.inside / self.max_texts
+        load = Load(self.layers_ahead, self.layers_run, self.busy_s, room_taken)
+        if self.controller is not None and self.controller.decide(now, load) is not None:
+            self.moves.append((now, self.controller.floor))
 
 
 class _Client:
@@ -146,11 +202,12 @@ class Simulation:
         costs_known: bool = True,
         refuses: bool = True,
         shadow_rate: float = 0.0,
+        front: Front | None = None,
     ) -> None:
         self.device, self.now, self.outcome = device, 0.0, Outcome()
         self._traffic = sorted(enumerate(traffic), key=lambda pair: pair[1].arrives)
         self._scheduler = Scheduler(plan, device.costs if costs_known else None)
-        self._refuses, self._shadow_rate = refuses, shadow_rate
+        self._refuses, self._shadow_rate, self._front = refuses, shadow_rate, front
         self._draws = random.Random(0)
         self.numbers: dict[Job, int] = {}  # of clients' texts
         self._texts = dict(self._traffic)
@@ -182,7 +239,9 @@ class Simulation:
 
     def _admit(self) -> None:
         while self._come < len(self._traffic) and self._traffic[self._come][1].arrives <= self.now:
-            request = self._next_request()
+            request = self._let_in(self._next_request())
+            if not request:
+                continue
             now = request[0][1].arrives
             jobs = [self._job(number, text) for number, text in request]
             if self._refuses and (deadline := jobs[0].deadline) is not None:
@@ -191,6 +250,20 @@ class Simulation:
                     self.outcome.refused += [number for number, _ in request]
                     continue
             self._scheduler.add(jobs, now)
+
+    def _let_in(self, request: list[tuple[int, Text]]) -> list[tuple[int, Text]]:
+        """What the front admits of a request; all of it where there is none."""
+        if self._front is None:
+            return request
+        inside = []
+        for number, text in request:
+            admitted = self._front.admit(text)
+            if admitted is None:
+                self.outcome.refused.append(number)
+            else:
+                self._texts[number] = admitted
+                inside.append((number, admitted))
+        return inside
 
     def _next_request(self) -> list[tuple[int, Text]]:
         """The next text to come, with those of its request."""
@@ -216,7 +289,7 @@ class Simulation:
 
     def _carry_out(self, step: Step) -> None:
         """As the batcher does."""
-        group, outcome = step.group, self.outcome
+        group, outcome, started = step.group, self.outcome, self.now
         if step.opened is not None:
             outcome.starts += [self.numbers[job] for job in group.jobs]
             group.course = SimulatedCourse(self, group.jobs)
@@ -229,9 +302,13 @@ class Simulation:
             group.course.take_in(step.joined.course)
         left = next(group.course, None)
         self._last_ran[group] = self.now
+        self._admit()  # who came meanwhile came before who leaves now
         if left is None:
             self._scheduler.close(group)
             return
+        if self._front is not None:
+            layers = left.texts_run * (left.exit_layer - group.layer)
+            self._front.worked(layers, self.now - started)
         group.passed(left)
         for place, _ in left.answers:
             job = group.jobs[place]
@@ -239,6 +316,8 @@ class Simulation:
             assert number not in outcome.exit_layers, "a text was answered twice"
             if not job.abandoned:
                 outcome.answered[number] = self.now - job.queued_at
+                if self._front is not None:
+                    self._front.left(self.now, self._texts[number])
             outcome.exit_layers[number] = left.exit_layer
             if left.exit_layer < self.device.exit_layers[-1]:
                 self._sample(job)
@@ -295,5 +374,9 @@ def poisson(
 
 def draw(rng: random.Random, depth: Depth) -> int:
     """The layer at which one text of a class leaves."""
-    throw = rng.random()
-    return max(1, sum(share > throw for share in depth.inside))
+    return _exit_of(depth, rng.random())
+
+
+def _exit_of(depth: Depth, hardness: float) -> int:
+    """A text that is harder than such a share of a class leaves later than they."""
+    return max(1, sum(share > hardness for share in depth.inside))

@@ -45,6 +45,7 @@ from offramp_service.metrics import Metrics, QueueView
 from offramp_service.quality import ExitWatch
 from offramp_service.scheduler import Group, Scheduler, Step
 from offramp_service.shadow import ShadowWatch, sample_of
+from offramp_service.slo import Load
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ class Batcher:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: set[ClientBatch] = set()  # submitted and unanswered
         self._texts = 0  # admitted and unanswered
+        self._layers_ahead = 0.0  # that the texts of `_open` are expected to run
         self._farewell = ""  # why it was closed
         # Both sides, under the lock of `_changed`:
         self._changed = threading.Condition()
@@ -141,6 +143,7 @@ class Batcher:
         self._closed = False
         # Written by the engine thread:
         self._busy_since: float | None = None  # the step under way
+        self._done = (0, 0.0)  # text-layers run, seconds that they took; replaced as one
         metrics.watch_queue(
             QueueView(
                 requests=lambda: len(scheduler.queue),
@@ -153,6 +156,16 @@ class Batcher:
     def unanswered(self) -> int:
         """Texts admitted and not yet answered."""
         return self._texts
+
+    @property
+    def load(self) -> Load:
+        """What stands before the engine, and how fast it has been."""
+        limits = self._limits
+        room_taken = max(
+            self._texts / limits.max_texts,
+            self.scheduler.queue.tokens / limits.max_queued_tokens,
+        )
+        return Load(self._layers_ahead, *self._done, room_taken)
 
     @property
     def busy(self) -> bool:
@@ -211,6 +224,7 @@ class Batcher:
             self._check_deadline(batch, jobs, now)
             self.scheduler.add(jobs, now)
             self._open.add(batch)
+            self._layers_ahead += _layers(jobs)
             self._changed.notify()
         try:
             return await batch.future
@@ -270,6 +284,8 @@ class Batcher:
     def _leave(self, batch: ClientBatch) -> None:
         """Nobody waits for it any more; take those of its texts out that still do."""
         self._open.discard(batch)
+        # Sums of floats drift; where nobody waits there is no work.
+        self._layers_ahead = self._layers_ahead - _layers(batch.jobs) if self._open else 0.0
         if batch.complete:
             return
         with self._changed:
@@ -354,7 +370,7 @@ class Batcher:
 
     def _carry_out(self, step: Step) -> None:
         """Run a group to its next exit and answer who leaves; a failure stays within the group."""
-        group, left = step.group, None
+        group, left, layers_run = step.group, None, 0
         started = self._busy_since = self._clock()
         failure = EngineFailed("the engine gave no answer to this text")
         try:
@@ -364,13 +380,16 @@ class Batcher:
                 group.course.take_in(step.joined.course)
             left = next(group.course, None)
             if left is not None:
+                layers_run = left.texts_run * (left.exit_layer - group.layer)
                 self._hand_out(group, left)
         except Exception:
             names = _names(group.jobs)
             log.exception("a batch of %d texts failed, requests %s", len(group.jobs), names)
             left, failure = None, EngineFailed("the model failed on this batch")
         finally:
-            self._metrics.engine_worked(self._clock() - started)
+            seconds = self._clock() - started
+            self._done = (self._done[0] + layers_run, self._done[1] + seconds)
+            self._metrics.engine_worked(seconds)
         if left is None:
             self._end(group, failure)
 
@@ -467,6 +486,11 @@ class Batcher:
             self._loop.call_soon_threadsafe(callback)
         except RuntimeError:  # the loop is closed: nobody is left to be answered
             log.warning("answers came after the event loop had closed")
+
+
+def _layers(jobs: Sequence[Job]) -> float:
+    """That they are expected to run."""
+    return sum(job.controls.depth.mean for job in jobs)
 
 
 def _client_batch(job: Job) -> ClientBatch:

@@ -9,7 +9,8 @@ knows nothing about doors or bodies.
 import math
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 from offramp_model.calibration import CalibrationTable, CurvePoint
@@ -32,13 +33,32 @@ _ROUNDING = 1e-9  # of accuracies, which are ratios of row counts
 _DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 
+@dataclass(frozen=True, slots=True)
+class _Aim:
+    """A threshold, where calibration rows leave at it, and the speed-ups if that is how it was
+    said: asked for, and given."""
+
+    threshold: float
+    exit_counts: ExitCounts
+    speedup: float | None = None
+    effective: float | None = None
+
+
 class ControlDesk:
-    """Resolves controls for one served model; the server waits `longest_ms` for anybody."""
+    """Resolves controls for one served model; the server waits `longest_ms` for anybody.
+
+    `floor` says to which speed-up requests are raised at this moment that ask for a smaller one.
+    """
 
     def __init__(
-        self, model: ServedModel, longest_ms: int, correction: SpeedupCorrection | None = None
+        self,
+        model: ServedModel,
+        longest_ms: int,
+        floor: Callable[[], float] = lambda: 1.0,
+        correction: SpeedupCorrection | None = None,
     ) -> None:
-        self._model, self._longest_ms, self._correction = model, longest_ms, correction
+        self._model, self._longest_ms = model, longest_ms
+        self._floor, self._correction = floor, correction
         self._never = never(model.policy)
         self._thresholds = threshold_range(model.policy, model.config)
         self._to_the_end: ExitCounts = (*[0] * (model.num_layers - 1), 1)
@@ -50,20 +70,21 @@ class ControlDesk:
             InvalidInput: a value is out of range; names the field or header.
         """
         min_layer, max_layer = self._bounds(asked)
-        threshold, exit_counts, speedup = self._aim(asked, headers)
+        aim = self._aim(asked, headers)
         return Controls(
-            threshold=threshold,
+            threshold=aim.threshold,
             min_layer=min_layer,
             max_layer=max_layer,
-            depth=_depth(exit_counts, min_layer, max_layer),
-            speedup=speedup,
+            depth=_depth(aim.exit_counts, min_layer, max_layer),
+            speedup=aim.speedup,
             deadline_s=self._deadline(asked.deadline_ms, headers),
-            expected=self._expected(speedup, min_layer, max_layer),
             priority=_priority(asked.priority),
+            effective_speedup=aim.effective,
+            expected=self._expected(aim.effective, min_layer, max_layer),
         )
 
     def _expected(self, speedup: float | None, min_layer: int, max_layer: int) -> Depth | None:
-        """How deep calibration has texts go at a requested speed-up, if it was asked."""
+        """How deep calibration has texts go at a speed-up, if it was asked."""
         table = self._model.table
         if speedup is None or speedup == 1.0 or table is None:
             return None
@@ -81,11 +102,7 @@ class ControlDesk:
             )
         return deadline_ms / 1000
 
-    def _aim(
-        self, asked: Asked, headers: Mapping[str, str]
-    ) -> tuple[float, ExitCounts, float | None]:
-        """Threshold, where calibration rows leave at it, and the speed-up if that is how it was
-        said."""
+    def _aim(self, asked: Asked, headers: Mapping[str, str]) -> _Aim:
         if asked.threshold is not None:
             return self._at_threshold(asked.threshold, "threshold")
         if asked.speedup is not None:
@@ -128,18 +145,21 @@ class ControlDesk:
             )
         return max(fits)
 
-    def _at_speedup(self, speedup: float, param: str) -> tuple[float, ExitCounts, float]:
+    def _at_speedup(self, speedup: float, param: str) -> _Aim:
         model = self._model
         if not model.min_speedup <= speedup <= model.max_speedup:  # false for NaN as well
             raise InvalidInput(
                 f"{param} is {speedup:g}, allowed is {model.min_speedup:g} to "
-                f"{_floor(model.max_speedup)} (calibrated for policy {model.policy.name})",
+                f"{_rounded_down(model.max_speedup)} (calibrated for policy {model.policy.name})",
                 param=param,
             )
-        if speedup == 1.0 or model.table is None:
-            return self._never, self._to_the_end, speedup
-        point = model.table.point_for(self._corrected(speedup))
-        return point.threshold, point.exit_counts, speedup
+        effective = max(speedup, self._floor())
+        if effective == 1.0 or model.table is None:
+            return _Aim(self._never, self._to_the_end, speedup, effective)
+        # Who was raised is not corrected: the floor keeps to an accuracy.
+        looked_up = self._corrected(speedup) if effective == speedup else effective
+        point = model.table.point_for(looked_up)
+        return _Aim(point.threshold, point.exit_counts, speedup, effective)
 
     def _corrected(self, speedup: float) -> float:
         """The speed-up to look up, so that the one that was asked for is what comes out."""
@@ -147,7 +167,8 @@ class ControlDesk:
             return speedup
         return self._correction.apply(speedup, self._model.min_speedup, self._model.max_speedup)
 
-    def _at_threshold(self, threshold: float, param: str) -> tuple[float, ExitCounts, None]:
+    def _at_threshold(self, threshold: float, param: str) -> _Aim:
+        """A raw threshold is the client's own, whatever the load."""
         least, most = self._thresholds
         if not least <= threshold <= most:
             raise InvalidInput(
@@ -157,7 +178,7 @@ class ControlDesk:
             )
         table = self._model.table
         exit_counts = _point_at(table, threshold).exit_counts if table else self._to_the_end
-        return threshold, exit_counts, None
+        return _Aim(threshold, exit_counts)
 
     def _bounds(self, asked: Asked) -> tuple[int, int]:
         """Layer bounds: `max_layer` is a promise, so it falls to an exit at or before it; who may
@@ -220,6 +241,6 @@ def _number(text: str, header: str) -> float:
     return number
 
 
-def _floor(speedup: float) -> str:
+def _rounded_down(speedup: float) -> str:
     """Rounded down, so that the limit a message names can be asked for."""
     return f"{math.floor(speedup * 1000) / 1000:g}"

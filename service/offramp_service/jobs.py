@@ -79,6 +79,7 @@ class Controls:
     depth: Depth  # how deep such texts go
     speedup: float | None = None  # what was asked for; None when a raw threshold was
     deadline_s: float | None = None  # from the request's arrival; later answers are worth nothing
+    effective_speedup: float | None = None  # what it was raised to, or `speedup` itself
     priority: int = 0  # LEAST_PRIORITY to MOST_PRIORITY
     # How deep calibration has such texts go at the speed-up that was asked for; None where it was
     # not asked: raw thresholds, and a speed-up of 1.

@@ -7,6 +7,7 @@ series is fixed. Gauges of the queue are read from the queue when somebody scrap
 It knows nothing about HTTP, threads or tensors; whoever sees an event calls the method.
 """
 
+import math
 import time
 from bisect import bisect_right
 from collections import Counter as Tally
@@ -18,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from offramp_service.errors import Reason
 from offramp_service.jobs import DispatchReason, ExitReason
+from offramp_service.slo import Direction
 
 CODES = (200, 400, 401, 404, 413, 422, 424, 429, 499, 500, 503, 504)
 SECONDS = (
@@ -89,6 +91,7 @@ class Metrics:
         self._make_batch_metrics()
         self._make_shadow_metrics()
         self._make_gauges()
+        self._make_slo_metrics()
 
     # -- the series --------------------------------------------------------------------------
 
@@ -227,6 +230,28 @@ class Metrics:
         self._speedup_drift.set(1)
         self._correction.set(1)
 
+    def _make_slo_metrics(self) -> None:
+        adjustments = self._counter(
+            "controller_adjustments_total", "Moves of the speed-up floor", "direction"
+        )
+        self._adjustments = {
+            direction: self._child(adjustments, direction=direction)
+            for direction in get_args(Direction)
+        }
+        self._slo_target = self._gauge("slo_target_seconds", "p95 to keep; NaN: no target")
+        self._slo_p95 = self._gauge(
+            "slo_p95_seconds", "p95 as the controller sees it; NaN: too few requests"
+        )
+        self._speedup_floor = self._gauge(
+            "speedup_floor",
+            "Speed-up to which the controller raises requests, or would if it only observes",
+        )
+        self._expected_accuracy = self._gauge(
+            "expected_accuracy",
+            "Calibrated accuracy at the default speed-up, raised to the floor; NaN: no calibration",
+        )
+        self._slo_target.set(math.nan)
+
     # -- events ------------------------------------------------------------------------------
 
     def request_done(self, route: str, code: int, seconds: float) -> None:
@@ -291,6 +316,9 @@ class Metrics:
         """So many texts of a shadow batch ran these layers."""
         self._shadow_runs.inc(len(layers) * texts)
 
+    def floor_moved(self, direction: Direction) -> None:
+        self._adjustments[direction].inc()
+
     # -- Triton's statistics -----------------------------------------------------------------
 
     def statistics(self) -> dict[str, Any]:
@@ -322,6 +350,14 @@ class Metrics:
         return self.registry.get_sample_value(f"offramp_{name}", self._model) or 0.0
 
     # -- gauges ------------------------------------------------------------------------------
+
+    def slo_set(self, target_s: float) -> None:
+        self._slo_target.set(target_s)
+
+    def slo_seen(self, *, p95_s: float, floor: float, expected_accuracy: float) -> None:
+        self._slo_p95.set(p95_s)
+        self._speedup_floor.set(floor)
+        self._expected_accuracy.set(expected_accuracy)
 
     def watch_queue(self, queue: QueueView) -> None:
         self._queue_requests.set_function(queue.requests)

@@ -24,6 +24,7 @@ from offramp_service.metrics import Metrics
 from offramp_service.quality import SpeedupCorrection
 from offramp_service.served_model import ServedModel
 from offramp_service.settings import Settings
+from offramp_service.slo_watch import SloWatch
 
 # Up to here tokenising costs less than handing it to another thread and back (measured: about
 # 0.1 ms for 1,000 characters, 0.1 ms for the hop).
@@ -63,7 +64,8 @@ class Pipeline:
     ) -> None:
         self.settings, self.model, self.metrics = settings, model, metrics
         self.batcher, self.lifecycle = batcher, lifecycle
-        self.controls = ControlDesk(model, settings.request_timeout_ms, correction)
+        self.slo = SloWatch(settings, model, lambda: batcher.load, metrics)
+        self.controls = ControlDesk(model, settings.request_timeout_ms, self.slo.floor, correction)
         self._tokenizer: TextTokenizer = model.tokenizer
         self._specials = {
             pair: len(self._tokenizer.encode([("", "")] if pair else [""], truncate=False)[0])
@@ -97,7 +99,12 @@ class Pipeline:
                 f"{param} has {count} texts, at most {most} are allowed", param=param, status=413
             )
         with self.batcher.admit(count, request_id) as batch:
-            yield batch
+            answered = False
+            try:
+                yield batch
+                answered = True
+            finally:
+                self.slo.ended(batch.admitted_at, answered=answered)
 
     async def encode(
         self,

@@ -6,6 +6,7 @@ cannot work is refused here, by name. It knows nothing about requests.
 """
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,7 @@ class ServedModel:
     min_speedup: float
     max_speedup: float
     default_speedup: float
+    floors: tuple[float, ...]  # speed-ups that load may raise everybody to, from 1 on
 
     @property
     def num_layers(self) -> int:
@@ -62,6 +64,10 @@ class ServedModel:
     def tensor_device(self) -> Device:
         """Where hidden states are between segments; those of graphs come back to the host."""
         return self.device if self.backend == "torch" else "cpu"
+
+    def expected_accuracy(self, speedup: float) -> float:
+        """At a speed-up that can be asked for, by calibration; NaN where there is none."""
+        return self.table.point_for(speedup).accuracy if self.table is not None else math.nan
 
     def survival(self, speedup: float) -> list[float]:
         """Share of the texts that goes on after each exit at a speed-up, by calibration; where it
@@ -113,6 +119,7 @@ def load_model(settings: Settings) -> ServedModel:
         min_speedup=least,
         max_speedup=most,
         default_speedup=_default_speedup(settings, least, most),
+        floors=_floors(settings, table, most),
     )
 
 
@@ -210,3 +217,34 @@ def _default_speedup(settings: Settings, least: float, most: float) -> float:
     if not least <= default <= most:
         raise SettingsError(f"--default-speedup {default} is outside {least:.4g} to {most:.4g}")
     return default
+
+
+def _floors(settings: Settings, table: CalibrationTable | None, most: float) -> tuple[float, ...]:
+    """The calibrated speed-ups that are accurate enough, within the operator's bound."""
+    if table is None:
+        for flag, value in (
+            ("--slo-p95-ms", settings.slo_p95_ms),
+            ("--min-accuracy", settings.min_accuracy),
+        ):
+            if value is not None:
+                raise SettingsError(
+                    f"{flag} {value:g}: goes by a calibration, and this checkpoint has none for "
+                    "the policy, backend and dtype that are served"
+                )
+        return (1.0,)
+    least = settings.min_accuracy or 0.0
+    full = table.points[0].accuracy
+    if full < least:
+        raise SettingsError(
+            f"--min-accuracy {least:g}: at speed-up 1 this checkpoint's calibrated accuracy is "
+            f"{full:.4g}"
+        )
+    return accurate_speedups(table, most, least)
+
+
+def accurate_speedups(table: CalibrationTable, most: float, least: float) -> tuple[float, ...]:
+    """The calibrated speed-ups up to `most` with an accuracy of at least `least`; a table is not
+    monotone in accuracy, so there may be gaps."""
+    return tuple(
+        point.speedup for point in table.points if point.speedup <= most and point.accuracy >= least
+    )

@@ -35,6 +35,7 @@ from offramp_service.api_keys import is_key
 from offramp_service.config_file import read_config
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+SloMode = Literal["off", "observe", "enforce"]
 
 _ENDPOINT = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 _ORIGIN = re.compile(r"https?://[a-z0-9.:\[\]-]+")
@@ -240,6 +241,33 @@ class Settings(BaseSettings):
         ),
     ] = False
 
+    # latency target
+    slo_p95_ms: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="95 % of requests are to be answered within; under load speed-ups are "
+            "raised for it; default: no target",
+        ),
+    ] = None
+    slo_controller: Annotated[
+        SloMode | None,
+        Field(
+            description="enforce raises speed-ups, observe only reports how far it would; "
+            "default: enforce where there is a target"
+        ),
+    ] = None
+    min_accuracy: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            le=1,
+            allow_inf_nan=False,
+            description="calibrated accuracy below which the controller raises nobody",
+        ),
+    ] = None
+
     # life cycle
     drain_seconds: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="serve on, unready, after SIGTERM")
@@ -293,6 +321,8 @@ class Settings(BaseSettings):
         if (self.group_batches or self.backlog_merging) and not self.warmup:
             flag = "group_batches" if self.group_batches else "backlog_merging"
             raise ValueError(f"{flag} goes by the costs that warmup measures, which is off")
+        if self.slo_p95_ms is None and self.slo_controller in ("observe", "enforce"):
+            raise ValueError(f"slo_controller {self.slo_controller} needs a target, slo_p95_ms")
         if self.max_speedup is not None and self.max_speedup < self.min_speedup:
             raise ValueError(
                 f"max_speedup {self.max_speedup} is below min_speedup {self.min_speedup}"
@@ -315,6 +345,11 @@ class Settings(BaseSettings):
     @property
     def engine_threads(self) -> int:
         return self.threads if self.threads is not None else usable_cores()
+
+    @property
+    def slo_mode(self) -> SloMode:
+        """What the controller does: nothing without a target."""
+        return "off" if self.slo_p95_ms is None else self.slo_controller or "enforce"
 
     @property
     def model_name(self) -> str:

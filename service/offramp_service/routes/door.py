@@ -188,6 +188,15 @@ class Outcome:
         parts = (self.tokenization_s, timed.queue_s, timed.inference_s, total)
         return Timings(*(round(seconds * 1000, 3) for seconds in parts))
 
+    def _raised(self) -> dict[str, str]:
+        """Says so where load has raised a speed-up above what was asked for."""
+        raised = [
+            one.effective_speedup
+            for one in self.controls
+            if one.effective_speedup is not None and one.effective_speedup != one.speedup
+        ]
+        return {"x-speedup-effective": f"{max(raised):.4g}"} if raised else {}
+
     def headers(self, call: Call, *, is_list: bool, ignored: Sequence[str] = ()) -> dict[str, str]:
         """TEI's timing headers and ours, on every door; a batch gives means. `ignored` are fields
         of the request that nobody knows."""
@@ -208,6 +217,7 @@ class Outcome:
             headers["x-exit-layer"] = str(self.layers_run)
         if len(thresholds) == 1:  # texts of one request may differ
             headers["x-exit-threshold"] = f"{thresholds.pop():.6g}"
+        headers |= self._raised()
         if ignored:
             headers["x-ignored-fields"] = _names(ignored)
         return headers

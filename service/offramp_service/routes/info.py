@@ -26,12 +26,14 @@ def router(pipeline: Pipeline) -> APIRouter:
     models = encode_json(_models(pipeline))
 
     async def get_info() -> Response:
+        pipeline.slo.look()
         return Response(encode_json(describe(pipeline)), media_type="application/json")
 
     async def get_models() -> Response:
         return Response(models, media_type="application/json")
 
     async def get_metrics() -> Response:
+        pipeline.slo.look()
         # Milliseconds of text formatting: not on the event loop.
         text = await asyncio.to_thread(generate_latest, pipeline.metrics.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
@@ -93,6 +95,7 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
             "min": model.min_speedup,
             "max": model.max_speedup,
         },
+        "slo": pipeline.slo.describe(),
         # The operator's bounds are of `speedup` only; a raw threshold is the client's own.
         "threshold": {"min": least, "max": most, "direction": model.policy.direction},
         "calibration": _calibration(model.table) if model.table else None,

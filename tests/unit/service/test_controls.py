@@ -145,6 +145,56 @@ def test_a_ceiling_falls_to_an_exit_at_or_before_it(tmp_path: Path, support: Mod
             desk.resolve(impossible, {})
 
 
+def test_load_raises_a_speedup_and_never_lowers_one(model: ServedModel) -> None:
+    floor = model.floors[len(model.floors) // 2]
+    desk = ControlDesk(model, 30_000, lambda: floor)
+    raised = desk.resolve(Asked(speedup=1.0), {})
+    assert model.table is not None
+    assert raised.threshold == model.table.threshold_for(floor)
+    assert (raised.speedup, raised.effective_speedup) == (1.0, floor)
+    for given in (desk.resolve(Asked(), {}), desk.resolve(Asked(), headers(x_speedup="1.0"))):
+        assert given == raised
+    most = desk.resolve(Asked(speedup=model.max_speedup), {})
+    assert most.effective_speedup == most.speedup == model.max_speedup
+    raw = desk.resolve(Asked(threshold=0.9), {})
+    assert (raw.threshold, raw.speedup, raw.effective_speedup) == (0.9, None, None)
+    bounded = desk.resolve(Asked(min_layer=3, max_layer=3), {})
+    assert (bounded.min_layer, bounded.max_layer, bounded.depth.mean) == (3, 3, 3)
+    with pytest.raises(InvalidInput):
+        desk.resolve(Asked(speedup=model.max_speedup + 1), {})
+
+
+def test_the_floor_may_take_what_is_accurate_enough_and_allowed(
+    directory: Path, model: ServedModel
+) -> None:
+    assert model.table is not None
+    points = {point.speedup: point for point in model.table.points}
+    assert model.floors == tuple(points)  # no bound: all
+    least = points[1.0].accuracy
+    bounded = load_model(Settings(model_id=directory, min_accuracy=least, max_speedup=3.0))
+    assert bounded.floors[0] == 1.0
+    assert all(one <= 3.0 and points[one].accuracy >= least for one in bounded.floors)
+    assert bounded.floors[-1] == max(
+        one for one in points if one <= 3.0 and points[one].accuracy >= least
+    )
+    assert bounded.expected_accuracy(1.0) == least
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"min_accuracy": 0.99}, r"--min-accuracy 0\.99: at speed-up 1 .* accuracy is 0\."),
+        ({"exit_policy": "margin", "slo_p95_ms": 50}, "--slo-p95-ms 50: goes by a calibration"),
+        ({"exit_policy": "margin", "min_accuracy": 0.1}, r"--min-accuracy 0\.1: goes by a calib"),
+    ],
+)
+def test_a_target_needs_a_calibration_that_reaches_the_accuracy(
+    directory: Path, how: dict[str, object], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load_model(Settings(model_id=directory, **how))
+
+
 def test_another_policy_has_its_own_units(directory: Path) -> None:
     desk = ControlDesk(load_model(Settings(model_id=directory, exit_policy="entropy")), 30_000)
     assert desk.resolve(Asked(), {}).threshold == -INF

@@ -46,11 +46,28 @@ def test_the_machines_name_is_not_an_address(monkeypatch: pytest.MonkeyPatch) ->
         {"shadow_rate": float("nan")},
         {"group_batches": True},
         {"backlog_merging": True},
+        {"slo_p95_ms": 0},
+        {"slo_p95_ms": float("inf")},
+        {"slo_controller": "enforce"},
+        {"slo_controller": "observe"},
+        {"slo_p95_ms": 100, "slo_controller": "maybe"},
+        {"min_accuracy": 1.01},
+        {"min_accuracy": float("nan")},
     ],
 )
 def test_what_cannot_work_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Settings(model_id="x", **wrong)
+
+
+def test_a_target_is_enforced_unless_the_operator_says_otherwise() -> None:
+    assert Settings(model_id="x").slo_mode == "off"
+    assert Settings(model_id="x", slo_controller="off").slo_mode == "off"
+    assert Settings(model_id="x", slo_p95_ms=100).slo_mode == "enforce"
+    given = parse_command_line(
+        ["--model-id", "x", "--slo-p95-ms", "99.5", "--slo-controller", "observe"]
+    )
+    assert (given.slo_p95_ms, given.slo_mode) == (99.5, "observe")
 
 
 def test_the_command_names_the_flag(

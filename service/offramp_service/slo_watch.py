@@ -1,0 +1,110 @@
+"""The SLO controller at work in the service: it has the clock, and whoever passes by winds it up.
+
+Every request asks for the floor when it comes in and reports when it ends; a scrape looks, too.
+There is no task of its own: what nobody asks about needs no decision, and after a silence the
+controller makes up for it. Event loop only. What a floor should be is `slo.py`'s to say.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from offramp_service.metrics import Metrics
+from offramp_service.served_model import ServedModel
+from offramp_service.settings import Settings
+from offramp_service.slo import Load, SloController
+
+log = logging.getLogger(__name__)
+
+
+class SloWatch:
+    """Drives the controller, tells metrics and `/info`; without a target it does nothing."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: ServedModel,
+        load: Callable[[], Load],
+        metrics: Metrics,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._settings, self._model, self._metrics = settings, model, metrics
+        self._load, self._clock = load, clock
+        self._mode = settings.slo_mode
+        self._controller: SloController | None = None
+        if settings.slo_p95_ms is not None:
+            target_s = settings.slo_p95_ms / 1000
+            metrics.slo_set(target_s)
+            if self._mode != "off":
+                self._controller = SloController(target_s, model.floors)
+        self._tell()
+
+    def floor(self) -> float:
+        """The speed-up that a request which comes in now gets at least."""
+        self.look()
+        return self._enforced
+
+    def ended(self, admitted_at: float, *, answered: bool) -> None:
+        """A request that was admitted is over.
+
+        One that was not answered counts if it had waited for longer than the target by then;
+        sooner it tells nothing.
+        """
+        if self._controller is None:
+            return
+        now = self._clock()
+        took_s = now - admitted_at
+        if answered or took_s > self._controller.target_s:
+            self._controller.finished(now, took_s)
+        self.look()
+
+    def look(self) -> None:
+        """Decide, if it is time to."""
+        controller, now = self._controller, self._clock()
+        if controller is None or not controller.due(now):
+            return
+        before = controller.floor
+        direction = controller.decide(now, self._load())
+        if direction is not None:
+            self._metrics.floor_moved(direction)
+            self._log_move(controller, before)
+        self._tell()
+
+    def describe(self) -> dict[str, Any]:
+        """For `/info`."""
+        floors = self._model.floors
+        return {
+            "target_p95_ms": self._settings.slo_p95_ms,
+            "mode": self._mode,
+            "floor": self._controller.floor if self._controller is not None else 1.0,
+            "ceiling": floors[-1],
+            "min_accuracy": self._settings.min_accuracy,
+        }
+
+    @property
+    def _enforced(self) -> float:
+        if self._controller is None or self._mode != "enforce":
+            return 1.0
+        return self._controller.floor
+
+    def _tell(self) -> None:
+        controller = self._controller
+        p95_s = controller.p95_s if controller is not None else None
+        self._metrics.slo_seen(
+            p95_s=math.nan if p95_s is None else p95_s,
+            floor=controller.floor if controller is not None else 1.0,
+            expected_accuracy=self._model.expected_accuracy(
+                max(self._model.default_speedup, self._enforced)
+            ),
+        )
+
+    def _log_move(self, controller: SloController, before: float) -> None:
+        """The first step up and the last one down; those between are in the metrics."""
+        if before == 1.0:
+            text = "a p95 of %.4g ms is in danger: speed-ups below %.4g are raised (%s)"
+            log.info(text, controller.target_s * 1000, controller.floor, self._mode)
+        elif controller.floor == 1.0:
+            log.info("the load is over: speed-ups are as asked for")

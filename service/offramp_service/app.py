@@ -61,9 +61,9 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
     """The application for one model; loads it unless an opened one is given.
 
     Raises:
-        CheckpointError, SettingsError: see `load_model`.
+        CheckpointError, SettingsError: see `load_model`; the latter also where traces are asked
+            for and the extra for them is not installed.
         KeyFileError: see `Keyring`.
-        SettingsError: traces are asked for, and the extra for them is not installed.
     """
     keys, tracer = _keyring(settings), _tracer(settings)
     model = model or load_model(settings)

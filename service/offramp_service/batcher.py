@@ -351,7 +351,8 @@ class Batcher:
             told.set()
 
         with self._changed:
-            self.scheduler.groups.clear()
+            shadows = self.scheduler.let_go()
+        self._metrics.shadows_dropped(shadows)
         self._post(tell)
         told.wait(_TELLING_S)
 

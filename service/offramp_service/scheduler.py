@@ -211,6 +211,13 @@ class Scheduler:
         else:
             self.groups.remove(group)
 
+    def let_go(self) -> int:
+        """What is under way will not go on; returns how many shadow texts are among it."""
+        shadows = len(self._shadow.inside) if self._shadow is not None else 0
+        self.groups.clear()
+        self._shadow = None
+        return shadows
+
     def _run_shadow(self, now: float) -> Step | None:
         """Nobody waits: the shadow batch goes on from where it stands, or a new one starts."""
         if self._shadow is not None:

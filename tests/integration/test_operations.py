@@ -316,3 +316,25 @@ async def test_an_engine_that_cannot_be_built_anew_is_dead(
         await until(lambda: not any(one.name == "engine" for one in threading.enumerate()))
         assert (await client.get("/livez")).status_code == 503
         assert sample(await series(client), "engine_rebuilds_total") == 0
+
+
+async def test_a_crash_among_second_runs_costs_nobody_an_answer(running: Any) -> None:
+    async with running(shadow_rate=1.0) as client:
+        batcher = client.app.state.pipeline.batcher
+        compare = batcher._compare
+
+        def crash(*_: Any) -> None:
+            batcher._compare = compare
+            raise SystemExit("out of luck")
+
+        batcher._compare = crash
+        assert (await post(client, input=["w1", "w2"], speedup=4.0)).status_code == 200
+        await until(lambda: batcher._compare is not crash)
+        assert (await post(client, input=["w3", "w4"], speedup=4.0)).status_code == 200
+        async with asyncio.timeout(10):
+            values = await series(client)
+            while sample(values, "shadow_agreement_total") < 2:
+                values = await series(client)
+    assert sample(values, "engine_rebuilds_total") == 1
+    assert sample(values, "shadow_dropped_total") == 2
+    assert sample(values, "request_failures_total") == 0

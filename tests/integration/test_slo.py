@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,11 +13,6 @@ from loading import load
 
 _service = load("tests/integration/test_service.py")
 
-directory: pytest.FixtureDef[Path] = _service.directory
-running: pytest.FixtureDef[Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]] = (
-    _service.running
-)
-support: pytest.FixtureDef[ModuleType] = _service.support
 post, sample, series = _service.post, _service.sample, _service.series
 
 IMPOSSIBLE = {"slo_p95_ms": 0.1}

@@ -74,7 +74,7 @@ def test_a_correction_moves_the_lookup_within_bounds_and_not_what_is_expected(
     desk: ControlDesk, model: ServedModel
 ) -> None:
     correction = SpeedupCorrection()
-    corrected = ControlDesk(model, 30_000, correction)
+    corrected = ControlDesk(model, 30_000, correction=correction)
     assert corrected.resolve(Asked(speedup=2.0), {}) == desk.resolve(Asked(speedup=2.0), {})
     for _ in range(100):
         correction.learn(0.5)

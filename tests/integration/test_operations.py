@@ -279,9 +279,10 @@ async def test_a_crashed_engine_is_built_anew_and_who_waits_is_served(
         monkeypatch.setattr(Engine, "warm_up", slowly)
         # Two of three are taken; the third's request goes down with them, the others wait.
         asked = [["w1", "w2", "w3"], ["w4"], ["w5", "w6", "w7"]]
-        requests = [asyncio.create_task(post(client, input=texts)) for texts in asked]
+        requests = [asyncio.create_task(post(client, input=asked[0]))]
+        await asyncio.to_thread(gate.entered.wait, 20)  # else a smaller one might pass it
+        requests += [asyncio.create_task(post(client, input=texts)) for texts in asked[1:]]
         await until(lambda: batcher.unanswered == 7)
-        await asyncio.to_thread(gate.entered.wait, 20)
         gate.opened.set()
         await asyncio.to_thread(building.wait, 20)
         first = await requests[0]  # told at once, not after the building

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 
@@ -24,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import uvicorn
+from fastapi import FastAPI
 from prometheus_client import disable_created_metrics
 from pydantic import ValidationError
 
@@ -43,15 +44,18 @@ _GOODBYE_S = 2
 _KEEP_ALIVE_S = 75
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+def main(
+    arguments: Sequence[str] | None = None, *, make_app: Callable[[Settings], FastAPI] = create_app
+) -> int:
+    """Run the command, maybe with an application that is watched or measured; returns its exit
+    code."""
     try:
         settings = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     except ValidationError as error:
         return _refuse(*(_explain(one["loc"], one["msg"]) for one in error.errors()))
     _prepare_process(settings)
     try:
-        app = create_app(settings)
+        app = make_app(settings)
     except (CheckpointError, SettingsError) as error:
         return _refuse(str(error))
     pipeline: Pipeline = app.state.pipeline

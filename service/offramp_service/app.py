@@ -24,6 +24,7 @@ from offramp_model.cost import StepTable
 from offramp_service.batcher import Batcher, Limits
 from offramp_service.engine import Engine
 from offramp_service.errors import NotReady, ServiceError
+from offramp_service.jobs import Engine as Computes
 from offramp_service.lifecycle import Lifecycle
 from offramp_service.metrics import Metrics
 from offramp_service.pipeline import Pipeline
@@ -46,8 +47,11 @@ the survivors goes by that, never who leaves."""
 _JOIN_S = 1.0
 
 
-def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
-    """The application for one model; loads it unless an opened one is given.
+def create_app(
+    settings: Settings, model: ServedModel | None = None, *, computes: Computes | None = None
+) -> FastAPI:
+    """The application for one model; loads it unless an opened one is given. `computes` answers
+    batches in place of the model's engine, so that all the rest can be measured.
 
     Raises:
         CheckpointError, SettingsError: see `load_model`.
@@ -64,7 +68,7 @@ def create_app(settings: Settings, model: ServedModel | None = None) -> FastAPI:
         model.stack, model.policy, device=model.tensor_device, threads=model.torch_threads
     )
     limits = Limits(settings.max_concurrent_requests, settings.max_queued_tokens)
-    batcher = Batcher(engine, Scheduler(_plan(settings, model)), limits, metrics)
+    batcher = Batcher(computes or engine, Scheduler(_plan(settings, model)), limits, metrics)
     lifecycle = Lifecycle()
     pipeline = Pipeline(settings, model, batcher, metrics, lifecycle)
 

@@ -17,7 +17,7 @@ PACKAGES := model kernels training service
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow test-gpu test-kserve check lint types imports spelling format \
-        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-service results-quickstart results-sst2 results-objectives clean
+        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak results-quickstart results-sst2 results-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -107,8 +107,13 @@ bench-slo: $(INSTALLED) ## simulated: a step of load with the SLO controller and
 	$(BIN)/python service/bench/bench_slo.py $(SST2)-int8 --data $(SST2_DATA) --costs docs/results/scheduler.json \
 	  --json docs/results/slo.json
 
-bench-service: $(INSTALLED) ## 200 concurrent clients against the quickstart server
-	$(BIN)/python service/bench/bench_service.py $(QUICKSTART) --data training/data/snips --json docs/results/service.json
+bench-serve: $(INSTALLED) ## the service against its parts: rows per second, latency under load, what HTTP costs
+	test -e $(SST2)-int8/offramp.json || \
+	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8
+	$(BIN)/python service/bench/bench_serve.py $(SST2)-int8 --data $(SST2_DATA) --json docs/results/serve.json
+
+soak: $(INSTALLED) $(QUICKSTART)/offramp.json ## five minutes of everything at once against the quickstart server
+	$(BIN)/python service/bench/soak.py $(QUICKSTART) --texts training/data/snips/test.jsonl.gz --json docs/results/soak.json
 
 clean: ## remove what can be made again (not the checkpoints)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 
@@ -51,8 +51,11 @@ _GOODBYE_S = 2
 _KEEP_ALIVE_S = 75
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+def main(
+    arguments: Sequence[str] | None = None, *, make_app: Callable[[Settings], FastAPI] = create_app
+) -> int:
+    """Run the command, maybe with an application that is watched or measured; returns its exit
+    code."""
     try:
         settings = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     except ValidationError as error:
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"--config: {error}")
     _prepare_process(settings)
     try:
-        app = create_app(settings)
+        app = make_app(settings)
     except (CheckpointError, KeyFileError, SettingsError) as error:
         return _refuse(str(error))
     if settings.dry_run:

@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ["offramp_kernels", "offramp_model", "offramp_training", "offramp_service"]
+PACKAGES = [
+    "offramp_kernels",
+    "offramp_loadtest",
+    "offramp_model",
+    "offramp_service",
+    "offramp_training",
+]
 
 
-@pytest.mark.parametrize("folder", ["kernels", "model", "service", "training"])
+@pytest.mark.parametrize("folder", ["kernels", "model", "service", "training", "loadtest"])
 def test_top_folders_are_not_packages(folder: str) -> None:
     # A package `kernels` at the root is what transformers would import as Hugging Face's.
     assert not (ROOT / folder / "__init__.py").exists()

@@ -78,7 +78,7 @@ class Subject:
 
     @property
     def pipeline(self) -> Pipeline:
-        pipeline: Pipeline = self.app.state.pipeline
+        pipeline: Pipeline = self.app.state.models.default
         return pipeline
 
 

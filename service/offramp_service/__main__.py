@@ -35,12 +35,14 @@ from offramp_service.app import create_app
 from offramp_service.bounded_http import BoundedHttp
 from offramp_service.config_file import ConfigFileError
 from offramp_service.logs import configure_logging, flush_output
+from offramp_service.models import Models
 from offramp_service.pipeline import Pipeline
 from offramp_service.rehearsal import rehearse
 from offramp_service.routes.info import describe
 from offramp_service.schemas.reading import encode_json
 from offramp_service.served_model import SettingsError
 from offramp_service.settings import Settings, parse_command_line
+from offramp_service.watched import load_all
 
 log = logging.getLogger("offramp_service")
 
@@ -68,14 +70,15 @@ def main(
     except (CheckpointError, KeyFileError, SettingsError) as error:
         return _refuse(str(error))
     if settings.dry_run:
-        _print_plan(app.state.pipeline)
+        _print_plan(app.state.models)
         return 0
-    _log_limits(app.state.pipeline)
+    for pipeline in app.state.models:
+        _log_limits(pipeline)
     return _preload(app) if settings.preload_only else _serve(app, settings)
 
 
 def _serve(app: FastAPI, settings: Settings) -> int:
-    pipeline: Pipeline = app.state.pipeline
+    models: Models = app.state.models
     server = Server(
         uvicorn.Config(
             app,
@@ -90,32 +93,32 @@ def _serve(app: FastAPI, settings: Settings) -> int:
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_GOODBYE_S,
         ),
-        pipeline,
+        models,
     )
     with suppress(SystemExit):  # a failed start; the code is uvicorn's, and depends on its version
         server.run()
     flush_output()
     if not server.started:
         return 3
-    if pipeline.lifecycle.died.is_set():
+    if models.lifecycle.died.is_set():
         return 4
-    if pipeline.batcher.busy:
+    if models.busy:
         os._exit(0)  # a batch that nobody waits for still runs; Python cannot end around it
     return 0
 
 
 def _preload(app: FastAPI) -> int:
-    pipeline: Pipeline = app.state.pipeline
-
     async def run() -> None:
         async with app.router.lifespan_context(app):
-            answer = await rehearse(pipeline)
-        log.info("preloaded: a text left after layer %d", answer.answer.exit_layer)
+            for pipeline in app.state.models:
+                answer = await rehearse(pipeline)
+                text = "%s preloaded: a text left after layer %d"
+                log.info(text, pipeline.model.name, answer.answer.exit_layer)
 
     try:
         asyncio.run(run())
     except Exception:
-        log.exception("%s does not answer", pipeline.model.name)
+        log.exception("no answer")
         return 3
     return 0
 
@@ -123,9 +126,9 @@ def _preload(app: FastAPI) -> int:
 class Server(uvicorn.Server):
     """uvicorn with our way to end: drain on the first signal, exit at once on the second."""
 
-    def __init__(self, config: uvicorn.Config, pipeline: Pipeline) -> None:
+    def __init__(self, config: uvicorn.Config, models: Models) -> None:
         super().__init__(config)
-        self._pipeline = pipeline
+        self._models = models
         self._draining: asyncio.Task[None] | None = None
         self._signalled = False
 
@@ -133,13 +136,17 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
-            _greet(self._pipeline, self.servers[0].sockets[0].getsockname())
+            _greet(self._models.default, self.servers[0].sockets[0].getsockname())
+            self._loop.add_signal_handler(signal.SIGHUP, self._load_anew)
             self._watching = self._loop.create_task(self._end_when_dead())
 
     async def _end_when_dead(self) -> None:
-        await self._pipeline.lifecycle.died.wait()
+        await self._models.lifecycle.died.wait()
         log.critical("nothing more can be answered: the process ends")
         self.should_exit = True
+
+    def _load_anew(self) -> None:
+        self._loading = self._loop.create_task(load_all(self._models))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by uvicorn's signal handlers, in the main thread."""
@@ -152,14 +159,14 @@ class Server(uvicorn.Server):
         self._draining = self._loop.create_task(self._drain(sig))
 
     async def _drain(self, sig: int) -> None:
-        settings = self._pipeline.settings
+        settings = self._models.settings
         log.info("%s: shutting down", signal.Signals(sig).name)
         # Ctrl-C comes from a person, not from an orchestrator that watches readiness.
         serve_on_s = 0.0 if sig == signal.SIGINT else settings.drain_seconds
-        await self._pipeline.lifecycle.drain(
+        await self._models.lifecycle.drain(
             serve_on_s=serve_on_s, finish_s=settings.shutdown_timeout
         )
-        self._pipeline.batcher.close()
+        self._models.let_go()
         self.should_exit = True
 
 
@@ -196,11 +203,11 @@ def _greet(pipeline: Pipeline, address: tuple[str, int]) -> None:
             print(f"{pipeline.model.name} is ready. Try: {curl}", flush=True)
 
 
-def _print_plan(pipeline: Pipeline) -> None:
-    """Settings and `/info` as JSON. Secrets are asterisks there."""
+def _print_plan(models: Models) -> None:
+    """Settings and `/info` of each model as JSON. Secrets are asterisks there."""
     plan = {
-        "settings": pipeline.settings.model_dump(mode="json"),
-        "serves": describe(pipeline),
+        "settings": models.settings.model_dump(mode="json"),
+        "serves": [describe(pipeline) for pipeline in models],
     }
     print(msgspec.json.format(encode_json(plan), indent=2).decode(), flush=True)
 

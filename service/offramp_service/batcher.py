@@ -20,7 +20,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from offramp_service.errors import (
@@ -127,10 +127,12 @@ class Batcher:
         *,
         exits: ExitWatch | None = None,
         shadow: ShadowWatch | None = None,
+        turn: AbstractContextManager[None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._engine, self._limits, self._metrics, self._clock = engine, limits, metrics, clock
         self._exits, self._shadow = exits, shadow
+        self._turn = turn or nullcontext()  # on the device, where others compute as well
         # Event loop only:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: set[ClientBatch] = set()  # submitted and unanswered
@@ -144,7 +146,11 @@ class Batcher:
         # Written by the engine thread:
         self._busy_since: float | None = None  # the step under way
         self._done = (0, 0.0)  # text-layers run, seconds that they took; replaced as one
-        metrics.watch_queue(
+
+    def show(self) -> None:
+        """The metrics' gauges are of this queue from now on."""
+        scheduler = self.scheduler
+        self._metrics.watch_queue(
             QueueView(
                 requests=lambda: len(scheduler.queue),
                 tokens=lambda: scheduler.queue.tokens,
@@ -333,10 +339,11 @@ class Batcher:
         """The engine thread's main loop, until `close`."""
         try:
             while (step := self._next_step()) is not None:
-                if step.group.shadow:
-                    self._carry_out_shadow(step)
-                else:
-                    self._carry_out(step)
+                with self._turn:
+                    if step.group.shadow:
+                        self._carry_out_shadow(step)
+                    else:
+                        self._carry_out(step)
         finally:
             self._busy_since = None
 

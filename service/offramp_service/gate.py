@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from offramp_service.api_keys import Keyring
 from offramp_service.errors import Unauthorized
+from offramp_service.models import Models
 from offramp_service.routes.door import CALL, Call, Patience, Wording, request_id
 from offramp_service.routes.probes import PATHS as PROBES
 
@@ -30,9 +31,11 @@ class Gate:
         app: ASGIApp,
         keys: Keyring,
         doors: Mapping[str, Wording],
+        models: Models,
         refuse: Callable[[Request, Exception], Awaitable[Response]],
     ) -> None:
         self._app, self._keys, self._refuse = app, keys, refuse
+        self._models = models
         self._doors = [(compile_path(path)[0], path, one) for path, one in doors.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,7 +54,8 @@ class Gate:
         for pattern, route, wording in self._doors:
             if pattern.match(request.scope["path"]):
                 started = time.perf_counter()
-                call = Call(route, request_id(request), wording, started, Patience(0))
+                pipeline = self._models.default
+                call = Call(route, request_id(request), wording, started, Patience(0), pipeline)
                 request.scope[CALL] = call
 
 

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections import Counter as Tally
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -70,23 +70,42 @@ class QualityView:
     correction: Callable[[], float]
 
 
-class Metrics:
-    """All metrics of one served model."""
+Kind = TypeVar("Kind", Counter, Gauge, Histogram)
+
+
+class Families:
+    """The metrics of one registry, each registered once; models share them and are told apart by
+    their labels. Exit layers are counted up to `most_layers`, requests by `routes`."""
 
     def __init__(
-        self,
-        registry: CollectorRegistry,
-        *,
-        model_name: str,
-        model_version: str,
-        num_layers: int,
-        routes: Sequence[str],
+        self, registry: CollectorRegistry, most_layers: int, routes: Sequence[str]
     ) -> None:
-        self.registry = registry
+        self.registry, self.most_layers, self.routes = registry, most_layers, routes
+        self._made: dict[str, Counter | Gauge | Histogram] = {}
+
+    def get(
+        self, kind: type[Kind], name: str, text: str, labels: Sequence[str], **how: Any
+    ) -> Kind:
+        """The family of that name."""
+        if name not in self._made:
+            self._made[name] = kind(name, text, labels, registry=self.registry, **how)
+        family = self._made[name]
+        assert isinstance(family, kind)
+        return family
+
+
+class Metrics:
+    """All metrics of one served model. Made again for the same name and version, it goes on with
+    the same series."""
+
+    def __init__(
+        self, families: Families, *, model_name: str, model_version: str, num_layers: int
+    ) -> None:
+        self._families, self.registry = families, families.registry
         self._num_layers = num_layers
         self._outcomes = Outcomes()
         self._model = {"model_name": model_name, "model_version": model_version}
-        self._make_request_metrics(routes)
+        self._make_request_metrics(families.routes)
         self._make_exit_metrics()
         self._make_batch_metrics()
         self._make_shadow_metrics()
@@ -145,7 +164,9 @@ class Metrics:
             self._counter("layers_saved_total", "Text-layers that answered texts did not run")
         )
         self._exit_layer = self._histogram(
-            "exit_layer", "Layer after which a text left", tuple(layers)
+            "exit_layer",
+            "Layer after which a text left",
+            tuple(range(1, self._families.most_layers + 1)),
         )
         survivors = self._histogram_family(
             "layer_batch_size", "Texts of a batch that ran a layer", SIZES, "layer"
@@ -377,6 +398,7 @@ class Metrics:
     def describe_model(self, *, default_speedup: float, facts: dict[str, str]) -> None:
         self._default_speedup.set(default_speedup)
         info = self._gauge_family("model_info", "1; what is served", *facts)
+        info.remove_by_labels(self._model)  # of the checkpoint before
         self._child(info, **facts).set(1)
 
     # -- construction ------------------------------------------------------------------------
@@ -385,10 +407,10 @@ class Metrics:
         return family.labels(**self._model, **labels)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"offramp_{name}", text, (*self._model, *labels), registry=self.registry)
+        return self._family(Counter, name, text, labels)
 
     def _gauge_family(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"offramp_{name}", text, (*self._model, *labels), registry=self.registry)
+        return self._family(Gauge, name, text, labels)
 
     def _gauge(self, name: str, text: str) -> Any:
         return self._child(self._gauge_family(name, text))
@@ -396,13 +418,12 @@ class Metrics:
     def _histogram_family(
         self, name: str, text: str, buckets: Sequence[float], *labels: str
     ) -> Histogram:
-        return Histogram(
-            f"offramp_{name}",
-            text,
-            (*self._model, *labels),
-            buckets=tuple(buckets),
-            registry=self.registry,
-        )
+        return self._family(Histogram, name, text, labels, buckets=tuple(buckets))
+
+    def _family(
+        self, kind: type[Kind], name: str, text: str, labels: Sequence[str], **how: Any
+    ) -> Kind:
+        return self._families.get(kind, f"offramp_{name}", text, (*self._model, *labels), **how)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Any:
         return self._child(self._histogram_family(name, text, buckets))

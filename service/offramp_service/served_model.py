@@ -87,7 +87,7 @@ def load_model(settings: Settings) -> ServedModel:
         CheckpointError: the directory is not a sound checkpoint.
         SettingsError: it is, but a setting does not fit it.
     """
-    checkpoint = load_checkpoint(settings.model_id)
+    checkpoint = load_checkpoint(settings.directory)
     device, dtype = _device(settings, checkpoint), _dtype(settings, checkpoint)
     policy = _policy(settings.exit_policy or checkpoint.manifest.exit_policy, checkpoint.model)
     try:

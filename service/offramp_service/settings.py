@@ -38,6 +38,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 SloMode = Literal["off", "observe", "enforce"]
 
 _ENDPOINT = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
+_NAME = re.compile(r"[\w.-]{1,100}")
 _ORIGIN = re.compile(r"https?://[a-z0-9.:\[\]-]+")
 
 
@@ -98,7 +99,16 @@ class Settings(BaseSettings):
     ] = None
 
     # model
-    model_id: Annotated[Path, Field(description="checkpoint directory")]
+    model_id: Annotated[Path | None, Field(description="checkpoint directory")] = None
+    model: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        BeforeValidator(_split),
+        Field(
+            description="name=directory of a checkpoint; may be repeated. The first model served "
+            "answers those who name none"
+        ),
+    ] = ()
     served_model_name: Annotated[
         str | None, Field(description="name clients use; default: the directory's name")
     ] = None
@@ -222,6 +232,21 @@ class Settings(BaseSettings):
         str | None, Field(description="when a text may leave; default: the checkpoint's own")
     ] = None
 
+    # exchange of checkpoints
+    load_over_http: Annotated[
+        bool,
+        Field(description="POST /v2/repository/models/{model}/load opens a checkpoint anew"),
+    ] = False
+    watch_seconds: Annotated[
+        float,
+        Field(
+            ge=0,
+            allow_inf_nan=False,
+            description="look so often whether a checkpoint directory holds another one, and load "
+            "it; 0: never (SIGHUP always does)",
+        ),
+    ] = 0.0
+
     # quality
     shadow_rate: Annotated[
         float,
@@ -308,6 +333,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         """Limits that could never be met together would refuse every request at run time."""
+        self._check_models()
         if self.max_client_batch_size > self.max_concurrent_requests:
             raise ValueError(
                 f"max_client_batch_size {self.max_client_batch_size} is above "
@@ -331,6 +357,18 @@ class Settings(BaseSettings):
             raise ValueError("dry_run computes nothing, preload_only does; allowed is one of them")
         return self
 
+    def _check_models(self) -> None:
+        if self.model_id is None and not self.model:
+            raise ValueError("model_id or model is needed: a checkpoint directory")
+        names = [self.model_name] if self.model_id is not None else []
+        for one in self.model:
+            name, found, directory = one.partition("=")
+            if not found or not directory or not _NAME.fullmatch(name):
+                raise ValueError(f"model {one!r}: allowed is name=directory")
+            names.append(name)
+        if len(set(names)) < len(names):
+            raise ValueError(f"model names must differ, got {', '.join(names)}")
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -353,7 +391,30 @@ class Settings(BaseSettings):
 
     @property
     def model_name(self) -> str:
-        return self.served_model_name or self.model_id.resolve().name
+        """Of `model_id`."""
+        return self.served_model_name or self.directory.resolve().name
+
+    @property
+    def directory(self) -> Path:
+        """The checkpoint of settings for one model, see `of_model`."""
+        assert self.model_id is not None
+        return self.model_id
+
+    def _directories(self) -> dict[str, Path]:
+        """By name, the default first."""
+        own = {self.model_name: self.model_id} if self.model_id is not None else {}
+        pairs = (one.split("=", 1) for one in self.model)
+        return own | {name: Path(directory) for name, directory in pairs}
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Of all models, the default first."""
+        return tuple(self._directories())
+
+    def of_model(self, name: str) -> "Settings":
+        """The settings as if that model were the only one."""
+        only = {"model_id": self._directories()[name], "served_model_name": name, "model": ()}
+        return self.model_copy(update=only)
 
 
 class _Environment(EnvSettingsSource):

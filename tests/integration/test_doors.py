@@ -206,7 +206,7 @@ async def test_strict_teis_codes(running: Running) -> None:
         def broken(_: Any) -> Any:
             raise RuntimeError("broken")
 
-        client.app.state.pipeline.batcher._engine = broken  # type: ignore[attr-defined]
+        client.app.state.models.default.batcher._engine = broken  # type: ignore[attr-defined]
         failed = await predict(client, inputs="w1")
         assert (failed.status_code, failed.json()["error_type"]) == (424, "Backend")
         assert (await client.post("/classify", json={"input": "w1"})).status_code == 500

@@ -22,7 +22,7 @@ Running = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 
 def stack_of(app: FastAPI) -> Any:
-    return app.state.pipeline.model.stack
+    return app.state.models.default.model.stack
 
 
 async def classify(client: httpx.AsyncClient, *texts: str, **controls: Any) -> httpx.Response:

@@ -131,7 +131,7 @@ async def test_keys_are_in_no_log(running: Any, caplog: pytest.LogCaptureFixture
 
 async def test_a_refusal_during_the_drain_still_ends_the_connection(running: Any) -> None:
     async with running(api_key="sesame") as client:
-        client.app.state.pipeline.lifecycle.phase = "draining"
+        client.app.state.models.default.lifecycle.phase = "draining"
         response: httpx.Response = await client.get("/info")
         assert (response.status_code, response.headers["connection"]) == (401, "close")
 
@@ -261,7 +261,7 @@ async def test_a_crashed_engine_is_built_anew_and_who_waits_is_served(
     building, built = threading.Event(), threading.Event()
     async with running(gate.around, max_batch_requests=2) as client:
         app = client.app
-        batcher = app.state.pipeline.batcher
+        batcher = app.state.models.default.batcher
         hand_out = batcher._hand_out
 
         def crash(*_: Any) -> None:
@@ -308,7 +308,7 @@ async def test_an_engine_that_cannot_be_built_anew_is_dead(
         raise SystemExit
 
     async with running() as client:
-        lifecycle = client.app.state.pipeline.lifecycle
+        lifecycle = client.app.state.models.default.lifecycle
         monkeypatch.setattr(Engine, "warm_up", broken)
         monkeypatch.setattr(Engine, "__call__", broken)
         assert (await post(client, input="w1")).status_code == 500
@@ -321,7 +321,7 @@ async def test_an_engine_that_cannot_be_built_anew_is_dead(
 
 async def test_a_crash_among_second_runs_costs_nobody_an_answer(running: Any) -> None:
     async with running(shadow_rate=1.0) as client:
-        batcher = client.app.state.pipeline.batcher
+        batcher = client.app.state.models.default.batcher
         compare = batcher._compare
 
         def crash(*_: Any) -> None:

@@ -36,7 +36,7 @@ class Gate:
         self.opened, self.entered = threading.Event(), threading.Event()
 
     def around(self, app: FastAPI) -> None:
-        batcher = app.state.pipeline.batcher
+        batcher = app.state.models.default.batcher
         engine = batcher._engine
 
         def gated(jobs: Any) -> Iterator[Any]:
@@ -55,7 +55,7 @@ class TokenizerGate:
         self.calls = 0
 
     def around(self, app: FastAPI) -> None:
-        tokenizer = app.state.pipeline.model.tokenizer
+        tokenizer = app.state.models.default.model.tokenizer
         encode = tokenizer.encode
 
         def gated(*arguments: Any, **options: Any) -> Any:
@@ -281,7 +281,7 @@ async def test_mixed_speedups_share_a_batch_and_keep_their_meaning(
         alone = [await ask(index) for index in range(len(texts))]
         gate.opened.clear()
         together = [asyncio.create_task(ask(index)) for index in range(len(texts))]
-        lifecycle = client.app.state.pipeline.lifecycle  # type: ignore[attr-defined]
+        lifecycle = client.app.state.models.default.lifecycle  # type: ignore[attr-defined]
         await until(lambda: lifecycle.inflight == len(texts))
         gate.opened.set()
         mixed = await asyncio.gather(*together)
@@ -412,7 +412,7 @@ async def test_429_says_when_to_come_back(running: Running) -> None:
         waiting = asyncio.create_task(post(client, input=["w1", "w2", "w3", "w4"]))
         await asyncio.to_thread(gate.entered.wait, 20)
         assert (await post(client, input="w5")).headers["retry-after"] == "1"
-        batcher = client.app.state.pipeline.batcher  # type: ignore[attr-defined]
+        batcher = client.app.state.models.default.batcher  # type: ignore[attr-defined]
         # Three texts of three tokens wait, which run four layers: a little less than 12 s each.
         batcher.scheduler.learn(StepTable((1, 1000), (0.99, 990.0)))
         for texts, retry_after in ((1, "12"), (2, "24"), (4, "36")):
@@ -451,7 +451,7 @@ async def test_measured_costs_refuse_what_cannot_be_in_time(running: Running) ->
         assert cost["tokens"][0] == 16
         assert cost["milliseconds"] == sorted(cost["milliseconds"])
         assert cost["knee"] in cost["tokens"]
-        batcher = client.app.state.pipeline.batcher  # type: ignore[attr-defined]
+        batcher = client.app.state.models.default.batcher  # type: ignore[attr-defined]
         batcher.scheduler.learn(StepTable((16, 32), (10.0, 20.0)))  # a very slow machine
         response = await post(client, input="w1 w2", deadline_ms=5000)
         error = response.json()["error"]
@@ -474,7 +474,7 @@ async def test_batches_that_join_between_layers_answer_as_texts_alone(
         info = (await client.get("/info")).json()
         assert info["backlog_merging"].endswith("only lose time (a knee of 128 is needed)")
         assert info["group_batches"] is True
-        scheduler = client.app.state.pipeline.batcher.scheduler  # type: ignore[attr-defined]
+        scheduler = client.app.state.models.default.batcher.scheduler  # type: ignore[attr-defined]
         scheduler.learn(StepTable((16, 4096), (1e-3, 1e-3)))
         assert (await client.get("/info")).json()["backlog_merging"] == "on"
         questions = [
@@ -500,7 +500,7 @@ async def test_a_broken_model_answers_500_and_the_next_request_is_served(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
     def break_on_w9(app: FastAPI) -> None:
-        stack = app.state.pipeline.model.stack
+        stack = app.state.models.default.model.stack
         embed = stack.embed
 
         def broken(batch: Any) -> Any:
@@ -522,7 +522,7 @@ async def test_a_client_that_leaves_costs_nothing_more(running: Running) -> None
     gate = Gate()
     async with running(gate.around, max_batch_requests=1) as client:
         app: FastAPI = client.app  # type: ignore[attr-defined]
-        pipeline = app.state.pipeline
+        pipeline = app.state.models.default
         body = json.dumps({"input": ["w1", "w2", "w3"]}).encode()
         receive, send, sent = hang_up_after(body, entered=gate.entered)
         await app(dict(CLASSIFY), receive, send)
@@ -561,7 +561,7 @@ async def test_shadow_runs_count_how_often_early_answers_agree(
         # Full depth by request or by bounds is nothing to run again.
         await post(client, input=texts[:20])
         await post(client, input=texts[:20], max_layer=2)
-        batcher = client.app.state.pipeline.batcher  # type: ignore[attr-defined]
+        batcher = client.app.state.models.default.batcher  # type: ignore[attr-defined]
         await until(lambda: not batcher.busy and not batcher.scheduler.shadows)
         values = await series(client)
     for layer in (1, 2, 3):
@@ -631,7 +631,7 @@ async def test_the_deadline_covers_tokenising(running: Running) -> None:
         assert (await post(client, **LARGE)).status_code == 200
         # One was at work, two were given up before they were begun.
         assert gate.calls == 2
-        assert client.app.state.pipeline.batcher.unanswered == 0  # type: ignore[attr-defined]
+        assert client.app.state.models.default.batcher.unanswered == 0  # type: ignore[attr-defined]
 
 
 async def test_room_for_texts_is_taken_before_tokenising(running: Running) -> None:
@@ -716,7 +716,7 @@ async def test_probes_through_a_life(running: Running) -> None:
     async with running() as client:
         assert [(await client.get(path)).status_code for path in paths] == [200] * 5
         assert (await client.head("/readyz")).status_code == 200
-        lifecycle = client.app.state.pipeline.lifecycle  # type: ignore[attr-defined]
+        lifecycle = client.app.state.models.default.lifecycle  # type: ignore[attr-defined]
         assert "connection" not in (await post(client, input="w1")).headers
         lifecycle.phase = "draining"
         assert [(await client.get(path)).status_code for path in paths] == [200, 200, 503, 503, 503]

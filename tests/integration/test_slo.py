@@ -40,7 +40,7 @@ async def test_overload_raises_the_floor_and_says_so(running: Any, directory: Pa
     (points,) = (one["points"] for one in calibration if one["policy"] == "confidence")
     least = points[0]["accuracy"] - 0.05
     async with running(**IMPOSSIBLE, min_accuracy=least, max_speedup=3.0) as client:
-        slo = client.app.state.pipeline.slo
+        slo = client.app.state.models.default.slo
         before = await series(client)
         assert sample(before, "slo_target_seconds") == pytest.approx(1e-4)
         assert sample(before, "speedup_floor") == 1.0
@@ -111,7 +111,7 @@ async def test_a_queue_that_fills_raises_before_anybody_is_refused(
     gate = _service.Gate()
     how = {"slo_p95_ms": 3_600_000, "max_concurrent_requests": 20, "max_client_batch_size": 20}
     async with running(gate.around, **how) as client:
-        pipeline = client.app.state.pipeline
+        pipeline = client.app.state.models.default
         waiting = [asyncio.create_task(post(client, input="w1")) for _ in range(12)]
         await _service.until(lambda: pipeline.batcher.unanswered == 12)
         clock = pipeline.slo._clock

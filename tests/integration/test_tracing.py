@@ -127,7 +127,7 @@ async def test_failures_are_spans_without_stages(running: Any, collector: Collec
             raise RuntimeError("out of luck")
             yield
 
-        app.state.pipeline.batcher._engine = engine
+        app.state.models.default.batcher._engine = engine
 
     async with running(broken, otlp_endpoint=collector.url, api_key="sesame") as client:
         await post(client, input="w1")

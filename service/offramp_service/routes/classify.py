@@ -16,14 +16,15 @@ from starlette.responses import Response
 from offramp_model.rows import Encoding
 from offramp_model.tokenizer import Text
 from offramp_service.errors import InvalidInput
-from offramp_service.pipeline import Cut, Pipeline, Place
+from offramp_service.models import Models
+from offramp_service.pipeline import Cut, Place
 from offramp_service.routes.door import (
     Call,
+    Handler,
     LeanRoute,
     Outcome,
     ReadBody,
     Wording,
-    check_model,
     check_request_id,
     classify,
     door,
@@ -52,13 +53,13 @@ def wording(_: Settings) -> Wording:
     return WORDING
 
 
-def router(pipeline: Pipeline) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """The door's routes."""
     routes = APIRouter(route_class=LeanRoute, tags=["classify"])
     for path in PATHS:
         routes.add_api_route(
             path,
-            door(pipeline, path, _Classify(pipeline).handle, WORDING),
+            door(models, path, _handler(models), WORDING),
             methods=["POST"],
             name=path.strip("/"),
             summary="Classify texts (vLLM's format)",
@@ -68,21 +69,33 @@ def router(pipeline: Pipeline) -> APIRouter:
     return routes
 
 
-class _Classify:
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
-
-    async def handle(self, request: Request, read_body: ReadBody, call: Call) -> Response:
+def _handler(models: Models) -> Handler:
+    async def handle(request: Request, read_body: ReadBody, call: Call) -> Response:
         asked, ignored = read_request(await read_body())
         if asked.request_id is not None:
             call.request_id = check_request_id(asked.request_id)
-        check_model(self._pipeline, asked.model)
+        call.pipeline = models.of(asked.model)
+        return await _Classify(call).answer(asked, ignored, request)
+
+    return handle
+
+
+class _Classify:
+    """One request."""
+
+    def __init__(self, call: Call) -> None:
+        self._call, self._pipeline = call, call.pipeline
+
+    async def answer(
+        self, asked: ClassifyRequest, ignored: list[str], request: Request
+    ) -> Response:
+        call = self._call
         check_top_k(asked.top_k)
         controls = self._pipeline.controls.resolve(asked, request.headers)
         place = Place("input", _is_list(asked))
         count = len(asked.input) if place.is_list else 1
         encode = partial(self._encode, asked, place)
-        outcome = await classify(self._pipeline, call, place, [controls] * count, encode)
+        outcome = await classify(call, place, [controls] * count, encode)
         content = ClassifyResponse(
             id=f"classify-{call.request_id}",
             created=int(time.time()),

@@ -24,6 +24,7 @@ from starlette.types import Receive
 from offramp_model.rows import Encoding
 from offramp_service.errors import ClientGone, DeadlineExceeded, InvalidInput, ServiceError
 from offramp_service.jobs import Controls, TimedAnswer
+from offramp_service.models import Models
 from offramp_service.pipeline import Pipeline, Place
 from offramp_service.schemas.shared import Details, Timings
 
@@ -53,6 +54,7 @@ class Call:
     wording: Wording
     started: float
     patience: "Patience"
+    pipeline: Pipeline  # of the model that was asked for, or else the default
     # Filled when it is over, one of them:
     outcome: "Outcome | None" = None
     failure: str | None = None  # the kind of error
@@ -84,11 +86,11 @@ class LeanRoute(APIRoute):
 
 
 def door(
-    pipeline: Pipeline, route: str, handle: Handler, wording: Wording
+    models: Models, route: str, handle: Handler, wording: Wording
 ) -> Callable[[Request], Coroutine[Any, Any, Response]]:
     """The endpoint around a door's handler. Errors pass through to the app's one handler."""
-    limit = pipeline.settings.payload_limit
-    timeout_s = pipeline.settings.request_timeout_ms / 1000
+    settings, lifecycle = models.settings, models.lifecycle
+    limit, timeout_s = settings.payload_limit, settings.request_timeout_ms / 1000
 
     async def read(request: Request, patience: Patience) -> bytes:
         body = await read_body(request, limit)
@@ -97,9 +99,10 @@ def door(
 
     async def endpoint(request: Request) -> Response:
         patience = Patience(timeout_s)
-        call = Call(route, request_id(request), wording, time.perf_counter(), patience)
+        now, pipeline = time.perf_counter(), models.default
+        call = Call(route, request_id(request), wording, now, patience, pipeline)
         request.scope[CALL] = call
-        pipeline.lifecycle.enter()
+        lifecycle.enter()
         try:
             async with patience:
                 response = await handle(request, partial(read, request, patience), call)
@@ -109,8 +112,8 @@ def door(
             log.exception("%s failed, request %s", route, call.request_id)
             raise ServiceError("internal error") from error
         finally:
-            pipeline.lifecycle.leave()
-        pipeline.metrics.request_done(route, 200, call.seconds)
+            lifecycle.leave()
+        call.pipeline.metrics.request_done(route, 200, call.seconds)
         return response
 
     return endpoint
@@ -129,18 +132,18 @@ def teller(
 
 
 async def classify(
-    pipeline: Pipeline,
     call: Call,
     place: Place,
     controls: Sequence[Controls],
     encode: Callable[[], Awaitable[Sequence[Encoding]]],
 ) -> "Outcome":
-    """What every door asks of the pipeline: room for the texts, one `Controls` each; their tokens,
-    from `encode`; their answers.
+    """What every door asks of the call's pipeline: room for the texts, one `Controls` each; their
+    tokens, from `encode`; their answers.
 
     Raises:
         ServiceError: see `Pipeline`.
     """
+    pipeline = call.pipeline
     deadlines = [one.deadline_s for one in controls if one.deadline_s is not None]
     if deadlines:
         call.within(min(deadlines))
@@ -221,27 +224,6 @@ class Outcome:
         if ignored:
             headers["x-ignored-fields"] = _names(ignored)
         return headers
-
-
-def check_model(pipeline: Pipeline, name: str | None, version: str | None = None) -> None:
-    """Is this the model that is served? None asks for whichever is.
-
-    Raises:
-        InvalidInput: it is not.
-    """
-    served = pipeline.model
-    if name is not None and name != served.name:
-        raise InvalidInput(
-            f"model {name[:80]!r} is not served here, {served.name!r} is",
-            param="model",
-            status=404,
-        )
-    if version is not None and version != served.version:
-        raise InvalidInput(
-            f"version {version[:80]!r} is not served here, {served.version!r} is",
-            param="version",
-            status=404,
-        )
 
 
 class Patience:

@@ -20,14 +20,15 @@ from offramp_model.rows import Encoding
 from offramp_model.tokenizer import Text
 from offramp_service.errors import EmptyInput, InvalidInput
 from offramp_service.jobs import Controls
-from offramp_service.pipeline import Cut, Pipeline, Place
+from offramp_service.models import Models
+from offramp_service.pipeline import Cut, Place
 from offramp_service.routes.door import (
     Call,
+    Handler,
     LeanRoute,
     Outcome,
     ReadBody,
     Wording,
-    check_model,
     classify,
     door,
 )
@@ -80,21 +81,20 @@ _KNOWN = frozenset(
 )
 
 
-def router(pipeline: Pipeline) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """The door's routes."""
     routes = APIRouter(route_class=LeanRoute, tags=["v2"])
-    model = pipeline.model
     infer = openapi.of_question(InferRequest, ErrorResponse, InferResponse)
     predict = openapi.of_question(InstancesRequest, ErrorResponse, PredictionsResponse)
     for path, name, handle, document in (
-        (INFER_PATHS[0], "infer", _Infer(pipeline).handle, infer),
-        (INFER_PATHS[1], "infer_version", _Infer(pipeline).handle, infer),
-        (PREDICT_PATH, "v1_predict", _Instances(pipeline).handle, predict),
+        (INFER_PATHS[0], "infer", _infer(models), infer),
+        (INFER_PATHS[1], "infer_version", _infer(models), infer),
+        (PREDICT_PATH, "v1_predict", _predict(models), predict),
     ):
-        inside = openapi.path_parameters(path, model=model.name, version=model.version)
+        inside = openapi.path_parameters(path, models.served)
         routes.add_api_route(
             path,
-            door(pipeline, path, handle, WORDING),
+            door(models, path, handle, WORDING),
             methods=["POST"],
             name=name,
             summary="Classify texts (Open Inference Protocol, or KServe's V1)",
@@ -104,13 +104,35 @@ def router(pipeline: Pipeline) -> APIRouter:
     return routes
 
 
-class _Infer:
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
-
-    async def handle(self, request: Request, read_body: ReadBody, call: Call) -> Response:
-        check_model(self._pipeline, *_path(request))
+def _infer(models: Models) -> Handler:
+    async def handle(request: Request, read_body: ReadBody, call: Call) -> Response:
+        call.pipeline = models.of(*_path(request))  # so that nobody's body is read in vain
         asked, ignored, tensors = _read(request, await read_body())
+        call.pipeline = models.of(*_path(request))  # which may have been exchanged meanwhile
+        return await _Infer(call).answer(asked, ignored, tensors, request)
+
+    return handle
+
+
+def _predict(models: Models) -> Handler:
+    async def handle(request: Request, read_body: ReadBody, call: Call) -> Response:
+        asked, ignored = read_instances(await read_body())
+        call.pipeline = models.of(*_path(request))
+        return await _Instances(call).answer(asked, ignored, request)
+
+    return handle
+
+
+class _Infer:
+    """One request."""
+
+    def __init__(self, call: Call) -> None:
+        self._call, self._pipeline = call, call.pipeline
+
+    async def answer(
+        self, asked: InferRequest, ignored: list[str], tensors: TensorReader, request: Request
+    ) -> Response:
+        call = self._call
         source = _source(tensors)
         parameters = (asked.parameters or {}) | (tensors.named[source].parameters or {})
         ignored += [f"parameters.{name}" for name in parameters if name not in _KNOWN]
@@ -120,7 +142,7 @@ class _Infer:
         controls = self._controls(general, tensors, count, request.headers)
         asked.inputs = []
         del tensors  # what is needed of them is in `encode`, which lets go of it
-        outcome = await classify(self._pipeline, call, place, controls, encode)
+        outcome = await classify(call, place, controls, encode)
         return self._response(
             asked, wanted, outcome, outcome.headers(call, is_list=True, ignored=ignored)
         )
@@ -387,19 +409,22 @@ def _classified(row: Sequence[float], labels: Sequence[str], classes: int) -> li
 
 
 class _Instances:
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
+    """One request of KServe's V1."""
 
-    async def handle(self, request: Request, read_body: ReadBody, call: Call) -> Response:
-        check_model(self._pipeline, *_path(request))
-        asked, ignored = read_instances(await read_body())
+    def __init__(self, call: Call) -> None:
+        self._call, self._pipeline = call, call.pipeline
+
+    async def answer(
+        self, asked: InstancesRequest, ignored: list[str], request: Request
+    ) -> Response:
+        call = self._call
         parameters = asked.parameters or {}
         ignored += [f"parameters.{name}" for name in parameters if name not in _KNOWN]
         general = _general(parameters)
         controls = self._pipeline.controls.resolve(general, request.headers)
         place, count = Place("instances", is_list=True), len(asked.instances)
         encode = partial(self._encode, asked, place)
-        outcome = await classify(self._pipeline, call, place, [controls] * count, encode)
+        outcome = await classify(call, place, [controls] * count, encode)
         content = PredictionsResponse(
             [self._prediction(outcome, index, general) for index in range(count)]
         )

@@ -15,27 +15,31 @@ from starlette.responses import PlainTextResponse, Response
 from offramp_model.calibration import CalibrationTable, reachable_speedups
 from offramp_model.cost import StepTable
 from offramp_model.policies import threshold_range
+from offramp_service.models import Models
 from offramp_service.pipeline import Pipeline
 from offramp_service.scheduler import Scheduler
 from offramp_service.schemas.reading import encode_json
 
 
-def router(pipeline: Pipeline) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """The routes that only tell."""
     routes = APIRouter(tags=["info"])
-    models = encode_json(_models(pipeline))
+    started = int(time.time())
 
     async def get_info() -> Response:
-        pipeline.slo.look()
-        return Response(encode_json(describe(pipeline)), media_type="application/json")
+        models.look()
+        content = describe(models.default)
+        if len(others := [one.model.name for one in models]) > 1:
+            content["models"] = others
+        return Response(encode_json(content), media_type="application/json")
 
     async def get_models() -> Response:
-        return Response(models, media_type="application/json")
+        return Response(encode_json(_cards(models, started)), media_type="application/json")
 
     async def get_metrics() -> Response:
-        pipeline.slo.look()
+        models.look()
         # Milliseconds of text formatting: not on the event loop.
-        text = await asyncio.to_thread(generate_latest, pipeline.metrics.registry)
+        text = await asyncio.to_thread(generate_latest, models.families.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     routes.add_api_route("/info", get_info, methods=["GET"], response_model=None)
@@ -149,12 +153,15 @@ def _calibration(table: CalibrationTable) -> dict[str, Any]:
     }
 
 
-def _models(pipeline: Pipeline) -> dict[str, Any]:
-    card = {
-        "id": pipeline.model.name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "offramp",
-        "max_model_len": pipeline.model.max_input_length,
-    }
-    return {"object": "list", "data": [card]}
+def _cards(models: Models, created: int) -> dict[str, Any]:
+    cards = [
+        {
+            "id": one.model.name,
+            "object": "model",
+            "created": created,
+            "owned_by": "offramp",
+            "max_model_len": one.model.max_input_length,
+        }
+        for one in models
+    ]
+    return {"object": "list", "data": cards}

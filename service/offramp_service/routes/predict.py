@@ -16,7 +16,8 @@ from starlette.responses import Response
 from offramp_model.rows import Encoding
 from offramp_model.tokenizer import Side, Text
 from offramp_service.errors import EmptyInput, InvalidInput
-from offramp_service.pipeline import Cut, Pipeline, Place
+from offramp_service.models import Models
+from offramp_service.pipeline import Cut, Place
 from offramp_service.routes.door import Call, LeanRoute, Outcome, ReadBody, Wording, classify, door
 from offramp_service.routes.scores import best, check_top_k, scores
 from offramp_service.schemas import openapi
@@ -42,9 +43,9 @@ def wording(settings: Settings) -> Wording:
     return Wording(error_body, strict_status) if settings.tei_strict else Wording(error_body)
 
 
-def router(pipeline: Pipeline) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """The door's routes."""
-    strict = pipeline.settings.tei_strict
+    strict = models.settings.tei_strict
     document = openapi.of_question(
         PredictRequest,
         ErrorResponse,
@@ -55,7 +56,7 @@ def router(pipeline: Pipeline) -> APIRouter:
     for path in PATHS:
         routes.add_api_route(
             path,
-            door(pipeline, path, _Predict(pipeline).handle, wording(pipeline.settings)),
+            door(models, path, _handle, wording(models.settings)),
             methods=["POST"],
             name=path.strip("/") or "root",
             summary="Classify texts or pairs (TEI's format)",
@@ -65,12 +66,20 @@ def router(pipeline: Pipeline) -> APIRouter:
     return routes
 
 
-class _Predict:
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
+async def _handle(request: Request, read_body: ReadBody, call: Call) -> Response:
+    """TEI's clients cannot name a model: they get the default."""
+    asked, ignored = read_request(await read_body())
+    return await _Predict(call).answer(asked, ignored, request)
 
-    async def handle(self, request: Request, read_body: ReadBody, call: Call) -> Response:
-        asked, ignored = read_request(await read_body())
+
+class _Predict:
+    """One request."""
+
+    def __init__(self, call: Call) -> None:
+        self._call, self._pipeline = call, call.pipeline
+
+    async def answer(self, asked: PredictRequest, ignored: list[str], request: Request) -> Response:
+        call = self._call
         parameters = asked.parameters or PredictParameters()
         check_top_k(parameters.top_k, "parameters.top_k")
         controls = self._pipeline.controls.resolve(parameters, request.headers)
@@ -78,7 +87,7 @@ class _Predict:
         place = Place("inputs", is_list)
         encode = partial(self._encode, texts, place, self._cut(asked))
         asked.inputs = ""
-        outcome = await classify(self._pipeline, call, place, [controls] * len(texts), encode)
+        outcome = await classify(call, place, [controls] * len(texts), encode)
         activation: Activation | None = "none" if asked.raw_scores else parameters.function_to_apply
         answers = self._answers(outcome, activation, parameters.top_k)
         content: list[Any] = list(answers)

@@ -4,28 +4,26 @@
 TEI's `/health` and `/ping`) is loaded, warm and not draining; `/startupz` is loaded and warm.
 """
 
-from collections.abc import Callable
-
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from offramp_service.lifecycle import Lifecycle
+from offramp_service.models import Models
 
 READY_PATHS = ("/readyz", "/health", "/ping")
 PATHS = ("/livez", "/startupz", *READY_PATHS)
 
 
-def router(
-    lifecycle: Lifecycle, *, engine_alive: Callable[[], bool], ready: Callable[[], bool]
-) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """The probes' routes."""
+    lifecycle = models.lifecycle
     routes = APIRouter(tags=["probes"])
 
     async def livez() -> Response:
-        return _probe(engine_alive() or not lifecycle.started, lifecycle)
+        return _probe(models.alive or not lifecycle.started, lifecycle)
 
     async def readyz() -> Response:
-        return _probe(ready(), lifecycle)
+        return _probe(models.ready, lifecycle)
 
     async def startupz() -> Response:
         return _probe(lifecycle.started, lifecycle)

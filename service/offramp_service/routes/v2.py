@@ -2,6 +2,7 @@
 two questions of KServe's V1. They only tell.
 """
 
+import logging
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from offramp_service.errors import NotReady
+from offramp_service.errors import InvalidInput, NotReady, ServiceError
+from offramp_service.models import Models
 from offramp_service.pipeline import Pipeline
-from offramp_service.routes.door import LeanRoute, check_model, teller
+from offramp_service.routes.door import LeanRoute, teller
 from offramp_service.routes.infer import WORDING
 from offramp_service.schemas import openapi
 from offramp_service.schemas.reading import encode_json
 from offramp_service.served_model import ServedModel
+
+log = logging.getLogger(__name__)
 
 EXTENSIONS = (
     "classification",
@@ -34,12 +38,10 @@ _TO_NAME = str.maketrans("/", "_", "{}")
 _TRITON_TYPES = {"BYTES": "TYPE_STRING"}
 
 
-def router(pipeline: Pipeline, *, live: Callable[[], bool], ready: Callable[[], bool]) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """The routes."""
     routes = APIRouter(route_class=LeanRoute, tags=["v2"])
-    told = _Told(pipeline, live, ready)
-
-    model = pipeline.model
+    told = _Told(models)
 
     def add(path: str, tell: Tell, *, method: str = "GET") -> None:
         routes.add_api_route(
@@ -51,9 +53,7 @@ def router(pipeline: Pipeline, *, live: Callable[[], bool], ready: Callable[[], 
             # "/" is TEI's first of all.
             include_in_schema=path != "/",
             openapi_extra={
-                "parameters": openapi.path_parameters(
-                    path, model=model.name, version=model.version
-                ),
+                "parameters": openapi.path_parameters(path, models.served),
                 "responses": {
                     "200": {"description": "Yes, or what was asked for"},
                     "404": {"description": "Unknown model"},
@@ -68,6 +68,7 @@ def router(pipeline: Pipeline, *, live: Callable[[], bool], ready: Callable[[], 
     add("/v2/models", told.models)
     add("/v2/models/stats", told.statistics)
     add("/v2/repository/index", told.index, method="POST")
+    add("/v2/repository/models/{model}/load", told.load, method="POST")
     for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         add(path, told.metadata)
         add(f"{path}/ready", told.model_ready)
@@ -79,10 +80,8 @@ def router(pipeline: Pipeline, *, live: Callable[[], bool], ready: Callable[[], 
 
 
 class _Told:
-    def __init__(
-        self, pipeline: Pipeline, live: Callable[[], bool], ready: Callable[[], bool]
-    ) -> None:
-        self._pipeline, self._live, self._ready = pipeline, live, ready
+    def __init__(self, models: Models) -> None:
+        self._models = models
 
     async def server(self, _: Request) -> Response:
         return _json(
@@ -90,53 +89,78 @@ class _Told:
         )
 
     async def live(self, _: Request) -> Response:
-        alive = self._live() or not self._pipeline.lifecycle.started
+        alive = self._models.alive or not self._models.lifecycle.started
         return _json({"live": alive}, 200 if alive else 503)
 
     async def ready(self, _: Request) -> Response:
-        ready = self._ready()
+        ready = self._models.ready
         return _json({"ready": ready}, 200 if ready else 503)
 
     async def models(self, _: Request) -> Response:
-        return _json({"models": [self._pipeline.model.name]})
+        return _json({"models": [one.model.name for one in self._models]})
 
     async def index(self, _: Request) -> Response:
-        model = self._pipeline.model
-        state = "READY" if self._ready() else "UNAVAILABLE"
-        return _json([{"name": model.name, "version": model.version, "state": state, "reason": ""}])
+        state = "READY" if self._models.ready else "UNAVAILABLE"
+        return _json(
+            [
+                {
+                    "name": one.model.name,
+                    "version": one.model.version,
+                    "state": state,
+                    "reason": f"checkpoint {one.model.sha}",
+                }
+                for one in self._models
+            ]
+        )
+
+    async def load(self, request: Request) -> Response:
+        """Triton's way to have a model opened anew; comes back when it is served."""
+        name = request.path_params["model"]
+        if not self._models.settings.load_over_http:
+            raise InvalidInput(
+                "models are not loaded over HTTP here; --load-over-http allows it", status=404
+            )
+        try:
+            model = await self._models.load(name)
+        except ServiceError:
+            raise
+        except Exception as error:
+            log.exception("%s was not loaded anew, the old one is still served", name)
+            raise InvalidInput(
+                f"not loaded, the old one is still served: {error}", param="model"
+            ) from error
+        return _json({"name": model.name, "version": model.version, "sha": model.sha})
 
     async def metadata(self, request: Request) -> Response:
-        self._check(request)
-        return _json(metadata(self._pipeline.model))
+        return _json(metadata(self._of(request).model))
 
     async def model_ready(self, request: Request) -> Response:
-        self._check(request)
-        ready = self._ready()
-        body = {"name": self._pipeline.model.name, "ready": ready}
+        ready = self._models.ready
+        body = {"name": self._of(request).model.name, "ready": ready}
         return _json(body, 200 if ready else 503)
 
     async def statistics(self, request: Request) -> Response:
-        self._check(request)
-        model = self._pipeline.model
-        found = self._pipeline.metrics.statistics()
-        return _json({"model_stats": [{"name": model.name, "version": model.version, **found}]})
+        asked = [self._of(request)] if request.path_params else list(self._models)
+        found = [
+            {"name": one.model.name, "version": one.model.version, **one.metrics.statistics()}
+            for one in asked
+        ]
+        return _json({"model_stats": found})
 
     async def configuration(self, request: Request) -> Response:
-        self._check(request)
-        return _json(configuration(self._pipeline.model))
+        return _json(configuration(self._of(request).model))
 
     async def model_v1(self, request: Request) -> Response:
-        self._check(request)
-        if not self._ready():
+        name = self._of(request).model.name
+        if not self._models.ready:
             raise NotReady("the server is starting or shutting down")
-        return _json({"name": self._pipeline.model.name, "ready": True})
+        return _json({"name": name, "ready": True})
 
     async def alive_v1(self, _: Request) -> Response:
         return _json({"status": "alive"})
 
-    def _check(self, request: Request) -> None:
-        model, version_ = request.path_params.get("model"), request.path_params.get("version")
-        check_model(self._pipeline, model, version_)
+    def _of(self, request: Request) -> Pipeline:
+        return self._models.of(request.path_params["model"], request.path_params.get("version"))
 
 
 def metadata(model: ServedModel) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What FastAPI cannot see of routes that read and write their own bodies: their JSON schemas."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -37,11 +38,11 @@ def of_question(
     }
 
 
-def path_parameters(path: str, **served: str) -> list[dict[str, Any]]:
-    """What stands in a path: names, and the one value of each that is served here."""
+def path_parameters(path: str, served: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """What stands in a path: names, and the values of each that are served here."""
     return [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": [one]}}
-        for name, one in served.items()
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": values}}
+        for name, values in served.items()
         if f"{{{name}}}" in path
     ]
 

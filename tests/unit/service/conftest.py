@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from offramp_service.batcher import Batcher, Limits
 from offramp_service.jobs import Answer, Controls, Depth, Engine, Job, Left, TimedAnswer
-from offramp_service.metrics import Metrics
+from offramp_service.metrics import Families, Metrics
 from offramp_service.scheduler import Plan, Scheduler
 
 LAYERS = 4
@@ -85,17 +85,15 @@ def batcher_of(
 ) -> Batcher:
     """A batcher that nobody serves yet, with wide limits."""
     plan = Plan(max_batch_tokens, max_batch_texts)
-    return Batcher(engine, Scheduler(plan), Limits(max_texts, max_queued_tokens), metrics, **how)
+    limits = Limits(max_texts, max_queued_tokens)
+    batcher = Batcher(engine, Scheduler(plan), limits, metrics, **how)
+    batcher.show()
+    return batcher
 
 
 def make_metrics() -> Metrics:
-    return Metrics(
-        CollectorRegistry(),
-        model_name="tiny",
-        model_version="1",
-        num_layers=LAYERS,
-        routes=["/classify"],
-    )
+    families = Families(CollectorRegistry(), LAYERS, ["/classify"])
+    return Metrics(families, model_name="tiny", model_version="1", num_layers=LAYERS)
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_a_file_of_nothing_is_fine(tmp_path: Path) -> None:
         ("config: other.yaml", "there is no setting 'config'"),
         ("port: 80\nhostname: x\nport: 81", "line 3: port is there twice"),
         ("port: [80]", "port: allowed is one value"),
-        ("model:\n  id: x", "no setting 'model'"),
+        ("engine:\n  id: x", "no setting 'engine'"),
         ("port:\n  number: 80", "line 2: port: allowed is one value"),
         ("cors_allow_origin: [[https://a.example]]", "allowed is a value or a list of values"),
         ("cors_allow_origin: {a: b}", "allowed is a value or a list of values"),

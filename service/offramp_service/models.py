@@ -1,0 +1,196 @@
+"""The models of one server: which rooms there are, who asks for which, and how one is exchanged.
+
+A checkpoint is loaded anew in a room of its own, while the old one goes on answering: it is
+verified, warmed, and has to answer a text before anybody is led to it. Whatever fails on the way,
+the old room stays. Requests that are inside the old room are answered there; each request has one
+room from its admission to its answer, so no answer mixes two checkpoints.
+
+It knows settings, rooms and the life cycle, and nothing about HTTP.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry
+
+from offramp_service.errors import InvalidInput, NotReady
+from offramp_service.jobs import Engine as Computes
+from offramp_service.lifecycle import Lifecycle
+from offramp_service.metrics import Families
+from offramp_service.pipeline import Pipeline
+from offramp_service.rehearsal import rehearse
+from offramp_service.room import Room
+from offramp_service.served_model import ServedModel, load_model
+from offramp_service.settings import Settings
+from offramp_service.turns import Device
+
+log = logging.getLogger(__name__)
+
+# How often an old room is asked whether it is empty.
+_LOOK_S = 0.02
+
+
+class Models:
+    """All rooms of a server; event loop only.
+
+    Args:
+        settings: of the server.
+        opened: models that are loaded already, by name; the others are loaded here.
+        routes: that requests are counted by.
+        computes: see `Room`.
+
+    Raises:
+        CheckpointError, SettingsError: see `load_model`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        opened: Mapping[str, ServedModel],
+        routes: list[str],
+        *,
+        computes: Computes | None = None,
+    ) -> None:
+        self.settings, self.lifecycle = settings, Lifecycle()
+        self._computes = computes
+        self._devices: dict[str, Device] = {}
+        self._loading = asyncio.Lock()
+        own = {name: settings.of_model(name) for name in settings.model_names}
+        models = {name: opened.get(name) or load_model(own[name]) for name in own}
+        deepest = max(model.num_layers for model in models.values())
+        self.families = Families(CollectorRegistry(), deepest, routes)
+        self._rooms = {name: self._room(own[name], model) for name, model in models.items()}
+        for room in self._rooms.values():
+            room.show()
+
+    def __iter__(self) -> Iterator[Pipeline]:
+        """The pipelines, the default first."""
+        return (room.pipeline for room in self._rooms.values())
+
+    @property
+    def default(self) -> Pipeline:
+        """For who names no model."""
+        return next(iter(self._rooms.values())).pipeline
+
+    def of(self, name: str | None, version: str | None = None) -> Pipeline:
+        """The pipeline of the model that was asked for; None is the default.
+
+        Raises:
+            InvalidInput: it is not served here.
+        """
+        room = self._rooms.get(name) if name is not None else next(iter(self._rooms.values()))
+        if room is None:
+            known = ", ".join(map(repr, self._rooms))
+            raise InvalidInput(
+                f"model {name[:80]!r} is not served here, {known} "  # type: ignore[index]
+                f"{'is' if len(self._rooms) == 1 else 'are'}",
+                param="model",
+                status=404,
+            )
+        served = room.model.version
+        if version is not None and version != served:
+            raise InvalidInput(
+                f"version {version[:80]!r} is not served here, {served!r} is",
+                param="version",
+                status=404,
+            )
+        return room.pipeline
+
+    @property
+    def served(self) -> dict[str, list[str]]:
+        """Names and versions that a path may hold."""
+        versions = dict.fromkeys(room.model.version for room in self._rooms.values())
+        return {"model": list(self._rooms), "version": list(versions)}
+
+    @property
+    def alive(self) -> bool:
+        """Every engine runs and is not stuck."""
+        return all(room.alive for room in self._rooms.values())
+
+    @property
+    def ready(self) -> bool:
+        return self.lifecycle.ready and all(room.ready for room in self._rooms.values())
+
+    @property
+    def busy(self) -> bool:
+        """A batch is being computed."""
+        return any(room.batcher.busy for room in self._rooms.values())
+
+    def look(self) -> None:
+        """Whoever asks for figures wants them of now."""
+        for pipeline in self:
+            pipeline.slo.look()
+
+    # -- from start to end -------------------------------------------------------------------
+
+    async def warm(self) -> None:
+        """Make all models ready, one after the other."""
+        for room in self._rooms.values():
+            await room.warm()
+        self.lifecycle.warmed()
+
+    def let_go(self) -> None:
+        """Whoever still waits is told that the server ends."""
+        for room in self._rooms.values():
+            room.batcher.close()
+
+    async def close(self) -> None:
+        self.lifecycle.phase = "closed"
+        for room in self._rooms.values():
+            await room.close()
+
+    # -- exchanging a model ------------------------------------------------------------------
+
+    async def load(self, name: str) -> ServedModel:
+        """Open the checkpoint of a model anew, and serve it from then on; one at a time.
+
+        Comes back when it is served; the old room is emptied behind it.
+
+        Raises:
+            InvalidInput: no such model.
+            NotReady: the server is starting or ending.
+            CheckpointError, SettingsError, Exception: it cannot be served; the old one still is.
+        """
+        self.of(name)
+        async with self._loading:
+            if not self.lifecycle.ready:
+                raise NotReady("the server is starting or shutting down")
+            settings = self.settings.of_model(name)
+            model = await asyncio.to_thread(load_model, settings)
+            old = self._rooms[name]
+            self._check_depth(model)
+            room = self._room(settings, model)
+            try:
+                await room.warm()
+                await rehearse(room.pipeline)
+            except BaseException:
+                await room.close()
+                raise
+            room.show()
+            self._rooms[name] = room
+            log.info("%s: %s is served from now on, after %s", name, model.sha, old.model.sha)
+            self._emptying = asyncio.create_task(_empty(old))
+            return model
+
+    def _check_depth(self, model: ServedModel) -> None:
+        if model.num_layers > self.families.most_layers:
+            raise ValueError(
+                f"{model.sha} has {model.num_layers} layers, the metrics are made for "
+                f"{self.families.most_layers}: a deeper model wants a new server"
+            )
+
+    def _room(self, settings: Settings, model: ServedModel) -> Room:
+        device = self._devices.setdefault(model.device, Device())
+        return Room(
+            *(settings, model, self.families, self.lifecycle, device.turn()),
+            computes=self._computes,
+        )
+
+
+async def _empty(room: Room) -> None:
+    """Close a room when nobody is inside any more."""
+    while room.batcher.unanswered:  # noqa: ASYNC110 - nobody tells
+        await asyncio.sleep(_LOOK_S)
+    await room.close("another checkpoint is served")
+    log.info("%s: %s is closed", room.model.name, room.model.sha)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry
 
+from offramp_model.checkpoint import MANIFEST
 from offramp_service.errors import InvalidInput, NotReady
 from offramp_service.jobs import Engine as Computes
 from offramp_service.lifecycle import Lifecycle
@@ -57,6 +58,7 @@ class Models:
         self._devices: dict[str, Device] = {}
         self._loading = asyncio.Lock()
         own = {name: settings.of_model(name) for name in settings.model_names}
+        self._stamps = {name: _stamp(one) for name, one in own.items()}
         models = {name: opened.get(name) or load_model(own[name]) for name in own}
         deepest = max(model.num_layers for model in models.values())
         self.families = Families(CollectorRegistry(), deepest, routes)
@@ -142,6 +144,16 @@ class Models:
 
     # -- exchanging a model ------------------------------------------------------------------
 
+    def changed(self, name: str) -> bool:
+        """Does the model's directory hold another checkpoint than when it was last opened, in vain
+        or not? Looks at the disk; safe in any thread.
+
+        A checkpoint is told by its manifest, which is written last: a directory that is being
+        filled has the old one, or none.
+        """
+        stamp = _stamp(self.settings.of_model(name))
+        return stamp is not None and stamp != self._stamps[name]
+
     async def load(self, name: str) -> ServedModel:
         """Open the checkpoint of a model anew, and serve it from then on; one at a time.
 
@@ -157,6 +169,7 @@ class Models:
             if not self.lifecycle.ready:
                 raise NotReady("the server is starting or shutting down")
             settings = self.settings.of_model(name)
+            self._stamps[name] = _stamp(settings)
             model = await asyncio.to_thread(load_model, settings)
             old = self._rooms[name]
             self._check_depth(model)
@@ -186,6 +199,15 @@ class Models:
             *(settings, model, self.families, self.lifecycle, device.turn()),
             computes=self._computes,
         )
+
+
+def _stamp(settings: Settings) -> tuple[int, int, int] | None:
+    """Of the manifest; None if there is none."""
+    try:
+        status = (settings.directory / MANIFEST).stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 async def _empty(room: Room) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -247,3 +248,25 @@ def test_a_taken_port_is_an_error_not_a_success(start: Start, directory: Path) -
     assert result.returncode == 3
     assert "address already in use" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_sighup_loads_the_checkpoint_anew(start: Start, directory: Path, tmp_path: Path) -> None:
+    """While requests go on: none fails, and in the end the other checkpoint answers."""
+    support = load("tests/unit/service/support.py")
+    served, other = tmp_path / "served", tmp_path / "other"
+    shutil.copytree(directory, served)
+    support.write_tiny_checkpoint(other, exit_layers=(2, 4), width=32)
+    server = start("--model-id", str(served))
+    before = json.loads(server.ask("GET", "/info")[2])["model_sha"]
+    served.rename(tmp_path / "old")
+    other.rename(served)
+    server.process.send_signal(signal.SIGHUP)
+
+    def exchanged() -> bool:
+        status, _, _ = server.classify(input="w1 w2")
+        assert status == 200
+        return json.loads(server.ask("GET", "/info")[2])["model_sha"] != before
+
+    until(exchanged)
+    server.process.terminate()
+    assert server.wait() == 0

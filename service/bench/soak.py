@@ -1,8 +1,8 @@
 """Minutes of everything at once against a real server, and every promise checked.
 
-Many clients send single texts and lists of texts at mixed speed-ups; some leave in the middle, some
-send what no server can answer. Each text was asked alone at each speed-up beforehand: that is the
-reference. Checked are
+Many clients send single texts and lists of texts at mixed speed-ups through all three doors; some
+leave in the middle, some send what no server can answer; halfway the checkpoint is loaded anew.
+Each text was asked alone at each speed-up beforehand: that is the reference. Checked are
 
 - every request that was not given up is answered once, with its own request id, and every text with
   the label and exit layer of its reference; what cannot be answered is refused with the right code;
@@ -47,6 +47,15 @@ Question = tuple[str, float]
 """A text, a speed-up."""
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a text; probabilities in label-id order, where the door gives them so."""
+
+    label: str
+    layer: int
+    probs: Sequence[float] = ()
+
+
 @dataclass
 class World:
     """What the clients know, and what they have seen."""
@@ -54,7 +63,8 @@ class World:
     address: Address
     texts: Sequence[str]
     speedups: Sequence[float]
-    expected: dict[Question, dict[str, Any]] = field(default_factory=dict)
+    model: str  # its name
+    expected: dict[Question, Outcome] = field(default_factory=dict)
     # How things stand:
     pausing: bool = False
     terminated: bool = False  # SIGTERM was sent
@@ -62,6 +72,7 @@ class World:
     # What was seen:
     seen: Counter[str] = field(default_factory=Counter)  # kind and outcome
     answered: int = 0  # requests, with 200
+    exchanges: int = 0  # of the checkpoint
     given_up: int = 0  # after the whole request was sent: answered or not, nobody knows
     texts_compared: int = 0
     largest_difference: float = 0.0  # of a probability
@@ -101,12 +112,16 @@ class Client:
             self._connection.close()
             self._connection = None
 
-    async def ask(self, kind: str, body: bytes) -> Reply | None:
+    async def ask(
+        self, kind: str, body: bytes, path: str = "/classify", request_id: str = ""
+    ) -> Reply | None:
         """Send a request and wait for what comes; None if the server may leave it unanswered."""
         world = self.world
         sent = time.monotonic()
         try:
-            reply = await (await self.connection()).exchange(post(world.address, "/classify", body))
+            headers = [f"x-request-id: {request_id}"] if request_id else []
+            request = post(world.address, path, body, *headers)
+            reply = await (await self.connection()).exchange(request)
         except OSError:
             reply = None
         if reply is None:
@@ -152,6 +167,46 @@ async def client_batch(client: Client) -> None:
     await _ask_and_compare(client, "list", texts, speedup)
 
 
+async def tei(client: Client) -> None:
+    """Lists of one text each, so that none is taken for a pair."""
+    texts, speedup = client.questions(client.list_size())
+    name = client.request_id()
+    controls = {"speedup": speedup}
+    body = {"inputs": [[text] for text in texts], "parameters": controls, "return_details": True}
+    reply = await client.ask("tei", json.dumps(body).encode(), "/predict", name)
+    if reply is None or not _is_good(client.world, "tei", reply):
+        return
+    found = [
+        Outcome(item["scores"][0]["label"], item["details"]["exit_layer"]) for item in reply.json()
+    ]
+    _compare(client.world, reply, found, [(text, speedup) for text in texts], name)
+
+
+async def v2(client: Client) -> None:
+    """Each text with a speed-up of its own."""
+    texts, _ = client.questions(client.list_size())
+    speedups = client.random.choices(client.world.speedups, k=len(texts))
+    name, shape = client.request_id(), [len(texts)]
+    body = {
+        "inputs": [
+            {"name": "text", "datatype": "BYTES", "shape": shape, "data": texts},
+            {"name": "speedup", "datatype": "FP32", "shape": shape, "data": speedups},
+        ],
+        "outputs": [{"name": "label"}, {"name": "exit_layer"}, {"name": "probabilities"}],
+    }
+    path = f"/v2/models/{client.world.model}/infer"
+    reply = await client.ask("v2", json.dumps(body).encode(), path, name)
+    if reply is None or not _is_good(client.world, "v2", reply):
+        return
+    labels, layers, flat = (one["data"] for one in reply.json()["outputs"])
+    width = len(flat) // len(texts)
+    found = [
+        Outcome(label, layer, flat[row * width : (row + 1) * width])
+        for row, (label, layer) in enumerate(zip(labels, layers, strict=True))
+    ]
+    _compare(client.world, reply, found, list(zip(texts, speedups, strict=True)), name)
+
+
 async def departure(client: Client) -> None:
     """Leaves at a random moment: in the middle of the request, or while it is being answered."""
     world, chance = client.world, client.random
@@ -177,7 +232,7 @@ async def departure(client: Client) -> None:
         return
     if reply is not None and reply.status == 200:  # it was faster
         world.seen["departure, 200"] += 1
-        _compare(world, reply, texts, speedup, name)
+        _compare_items(world, reply, texts, speedup, name)
     elif not world.terminated and (reply is None or reply.status != 429):
         world.violated(f"departure: {'no answer' if reply is None else reply.status}")
 
@@ -216,7 +271,10 @@ class Kind:
     send: Callable[[Client], Awaitable[None]]
 
 
-MIX = (Kind(45, single), Kind(30, client_batch), Kind(20, departure), Kind(5, nonsense))
+MIX = (
+    *(Kind(35, single), Kind(20, client_batch), Kind(10, tei), Kind(10, v2)),
+    *(Kind(20, departure), Kind(5, nonsense)),
+)
 
 
 # -- answers ---------------------------------------------------------------------------------------
@@ -232,39 +290,58 @@ async def _ask_and_compare(
 ) -> None:
     name = client.request_id()
     reply = await client.ask(kind, _body(given, speedup, name))
-    if reply is None:
+    if reply is None or not _is_good(client.world, kind, reply):
         return
+    _compare_items(client.world, reply, [given] if isinstance(given, str) else given, speedup, name)
+
+
+def _is_good(world: World, kind: str, reply: Reply) -> bool:
     if reply.status != 200:
-        client.world.violated(f"{kind}: {reply.status}: {reply.body[:200]!r}")
-        return
-    _compare(client.world, reply, [given] if isinstance(given, str) else given, speedup, name)
+        world.violated(f"{kind}: {reply.status}: {reply.body[:200]!r}")
+    return reply.status == 200
 
 
-def _compare(world: World, reply: Reply, texts: Sequence[str], speedup: float, name: str) -> None:
-    """An answer against its references."""
+def _compare_items(
+    world: World, reply: Reply, texts: Sequence[str], speedup: float, name: str
+) -> None:
+    """An answer of `/classify` against its references."""
+    items = reply.json()["data"]
+    if [item["index"] for item in items] != list(range(len(items))):
+        world.violated(f"answers out of order: {[item['index'] for item in items]}")
+    found = [_outcome(item) for item in items]
+    _compare(world, reply, found, [(text, speedup) for text in texts], name)
+
+
+def _compare(
+    world: World,
+    reply: Reply,
+    found: Sequence[Outcome],
+    questions: Sequence[Question],
+    name: str,
+) -> None:
+    """Answers against their references."""
     world.answered += 1
     if reply.header("x-request-id") != name:
         world.violated(f"an answer to {reply.header('x-request-id')} came to {name}")
-    items = reply.json()["data"]
-    if [item["index"] for item in items] != list(range(len(texts))):
-        world.violated(f"{len(texts)} texts got answers {[item['index'] for item in items]}")
+    if len(found) != len(questions):
+        world.violated(f"{len(questions)} texts got {len(found)} answers")
         return
-    for text, item in zip(texts, items, strict=True):
-        right = world.expected[text, speedup]
+    for question, ours in zip(questions, found, strict=True):
+        right = world.expected[question]
         world.texts_compared += 1
-        if (item["label"], _layer(item)) != (right["label"], _layer(right)):
+        if (ours.label, ours.layer) != (right.label, right.layer):
             world.violated(
-                f"at {speedup:g}: {item['label']} after layer {_layer(item)}, "
-                f"alone {right['label']} after layer {_layer(right)}"
+                f"at {question[1]:g}: {ours.label} after layer {ours.layer}, "
+                f"alone {right.label} after layer {right.layer}"
             )
             continue
-        for ours, theirs in zip(item["probs"], right["probs"], strict=True):
-            world.largest_difference = max(world.largest_difference, abs(ours - theirs))
+        for one, other in zip(ours.probs, right.probs, strict=False):
+            world.largest_difference = max(world.largest_difference, abs(one - other))
 
 
-def _layer(item: dict[str, Any]) -> int:
-    layer: int = item["details"]["exit_layer"]
-    return layer
+def _outcome(item: dict[str, Any]) -> Outcome:
+    """Of an item of `/classify`."""
+    return Outcome(item["label"], item["details"]["exit_layer"], item["probs"])
 
 
 async def ask_alone(world: World) -> None:
@@ -278,7 +355,8 @@ async def ask_alone(world: World) -> None:
             )
             if reply is None or reply.status != 200:
                 raise SystemExit(f"alone, at {speedup:g}, a text was answered with {reply}")
-            (world.expected[text, speedup],) = reply.json()["data"]
+            (item,) = reply.json()["data"]
+            world.expected[text, speedup] = _outcome(item)
     client.leave()
 
 
@@ -304,6 +382,17 @@ async def load(world: World, count: int, seconds: float, phase: str) -> None:
     await asyncio.sleep(seconds)
     world.pausing = True
     await clients
+
+
+async def load_anew(world: World, after_s: float) -> None:
+    """The checkpoint, halfway; it answers as it did before."""
+    await asyncio.sleep(after_s)
+    reply = await (await Connection.open(world.address)).exchange(
+        post(world.address, f"/v2/repository/models/{world.model}/load", b"")
+    )
+    if reply is None or reply.status != 200:
+        world.violated(f"the checkpoint was not loaded anew: {reply}")
+    world.exchanges += 1
 
 
 async def at_rest(server: ServerProcess) -> dict[str, float]:
@@ -335,7 +424,9 @@ async def soak(
     before = await at_rest(server)
     memory: list[float] = []
     watcher = asyncio.create_task(watch_memory(server, memory))
+    exchange = asyncio.create_task(load_anew(world, 0.5 * arguments.seconds))
     await load(world, arguments.clients, arguments.seconds, f"{arguments.seed}")
+    await exchange
     watcher.cancel()
     after = await at_rest(server)
     figures = {"at_rest": {"before": before, "after": after}, "memory_mib": _memory(memory)}
@@ -411,7 +502,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "--log-level": "warning",
     }
     server_file = Path(__file__).parent / "watched_server.py"
-    command = [sys.executable, str(server_file)]
+    command = [sys.executable, str(server_file), "--load-over-http"]
     command += [str(word) for flag in flags.items() for word in flag]
     started = time.perf_counter()
     with serving(command) as server:
@@ -428,6 +519,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "ready_s": server.ready_s,
         "requests": dict(sorted(world.seen.items())),
         "requests_answered": world.answered,
+        "checkpoint_exchanges": world.exchanges,
         "requests_given_up": world.given_up,
         "texts_compared": world.texts_compared,
         "largest_probability_difference": world.largest_difference,
@@ -440,12 +532,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _world(server: ServerProcess, arguments: argparse.Namespace) -> World:
-    most = json.loads(server.get("/info"))["speedup"]["max"]
+    info = json.loads(server.get("/info"))
+    most = info["speedup"]["max"]
     texts = read_texts(arguments.texts)
     return World(
         server.address,
         random.Random(arguments.seed).sample(texts, min(arguments.count, len(texts))),
         [speedup for speedup in SPEEDUPS if speedup <= most],
+        info["served_model_name"],
     )
 
 

@@ -27,6 +27,13 @@ def test_ten_seconds_of_everything(
     assert code == 0
     assert report["exit_code"] == 0
     assert report["texts_compared"] > 500
-    for kind, least in {"single, 200": 100, "list, 200": 100, "departure, left": 50}.items():
+    assert report["checkpoint_exchanges"] == 1
+    for kind, least in {
+        "single, 200": 50,
+        "list, 200": 50,
+        "tei, 200": 20,
+        "v2, 200": 20,
+        "departure, left": 30,
+    }.items():
         assert report["requests"][kind] >= least
     assert report["requests"]["not JSON, 400"] + report["requests"]["oversized body, 413"] > 0

@@ -21,8 +21,11 @@ def item(index: int, label: str = "yes", layer: int = 2) -> dict[str, Any]:
 
 @pytest.fixture
 def world(soak: ModuleType) -> Any:
-    expected = {("a", 2.0): item(0), ("b", 2.0): item(0, "no", 3)}
-    return soak.World(Address("127.0.0.1", 1), ["a", "b"], [2.0], expected)
+    expected = {
+        ("a", 2.0): soak.Outcome("yes", 2, [0.2, 0.8]),
+        ("b", 2.0): soak.Outcome("no", 3, [0.2, 0.8]),
+    }
+    return soak.World(Address("127.0.0.1", 1), ["a", "b"], [2.0], "tiny", expected)
 
 
 def reply(*items: dict[str, Any], name: str = "mine") -> Reply:
@@ -31,7 +34,7 @@ def reply(*items: dict[str, Any], name: str = "mine") -> Reply:
 
 
 def test_right_answers_are_no_violation(soak: ModuleType, world: Any) -> None:
-    soak._compare(world, reply(item(0), item(1, "no", 3)), ["a", "b"], 2.0, "mine")
+    soak._compare_items(world, reply(item(0), item(1, "no", 3)), ["a", "b"], 2.0, "mine")
     assert (world.violations, world.answered, world.texts_compared) == ([], 1, 2)
 
 
@@ -41,13 +44,13 @@ def test_right_answers_are_no_violation(soak: ModuleType, world: Any) -> None:
         (reply(item(0, "no"), item(1, "no", 3)), "no after layer 2, alone yes after layer 2"),
         (reply(item(0, layer=4), item(1, "no", 3)), "yes after layer 4, alone yes after layer 2"),
         (reply(item(0, "no", 3), item(1)), "no after layer 3"),  # somebody else's
-        (reply(item(0)), "2 texts got answers"),
-        (reply(item(1, "no", 3), item(0)), "2 texts got answers"),
+        (reply(item(0)), "2 texts got 1 answers"),
+        (reply(item(1, "no", 3), item(0)), "answers out of order"),
         (reply(item(0), item(1, "no", 3), name="other"), "to other came to mine"),
     ],
 )
 def test_wrong_answers_are(soak: ModuleType, world: Any, given: Reply, said: str) -> None:
-    soak._compare(world, given, ["a", "b"], 2.0, "mine")
+    soak._compare_items(world, given, ["a", "b"], 2.0, "mine")
     assert said in world.violations[0]
 
 

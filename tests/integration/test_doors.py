@@ -418,3 +418,31 @@ async def test_statistics_count_texts_and_batches(client: httpx.AsyncClient) -> 
     assert (success["count"], fail["count"]) == (1, 1)
     assert success["ns"] > 0
     assert after["last_inference"] > before["last_inference"]
+
+
+# -- metrics ---------------------------------------------------------------------------------
+
+
+async def series(client: httpx.AsyncClient) -> set[str]:
+    lines = (await client.get("/metrics")).text.splitlines()
+    return {line.rsplit(" ", 1)[0] for line in lines if not line.startswith("#")}
+
+
+async def test_no_request_makes_a_new_series(client: httpx.AsyncClient) -> None:
+    """All that there will ever be is there before the first request."""
+    before = await series(client)
+    assert len(before) < 2500
+    bodies: dict[str, list[Any]] = {
+        "/classify": [{"input": "w1", "speedup": 1.37}, {"input": ""}, {"input": "w1 " * 99}, 3],
+        "/predict": [{"inputs": "w1"}, {"inputs": "w1", "parameters": {"threshold": 0.123}}, []],
+        INFER: [{"inputs": [text_input("w1", "w2")], "parameters": {"a" * 99: 1}}, {"inputs": []}],
+        "/v1/models/tiny:predict": [{"instances": ["w1"]}, {"instances": []}],
+        "/v2/models/nobody/infer": [{"inputs": [text_input("w1")]}],
+        "/nowhere": [{}],
+    }
+    for path, some in bodies.items():
+        for body in some:
+            await client.post(path, json=body, headers={"X-Request-Id": f"r{id(body)}"})
+    for path in ("/v2", "/v2/models/tiny/stats", "/info", "/nowhere", "/v2/models/nobody"):
+        await client.get(path)
+    assert await series(client) == before

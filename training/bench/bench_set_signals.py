@@ -5,8 +5,7 @@ A model is trained on them as a recipe says, and the candidates are measured on 
 evaluation does it: accuracy (the whole set is right) at requested speed-ups, and the area under the
 curve.
 
-    python training/bench/bench_set_signals.py RECIPE --data DIR --output DIR [--rows N] \
-        [--json FILE]
+    python training/bench/bench_set_signals.py RECIPE --data DIR --output DIR [--rows N] [options]
 
 Writes the rows and the checkpoint to --output; a checkpoint that is there already is used.
 """
@@ -47,12 +46,13 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows, made = options.output / "rows", options.output / "checkpoint"
     if not made.exists():
         write_rows(load_splits(options.data), rows, options.rows)
-        fit(read_recipe(options.recipe), made, data=str(rows))
+        fit(read_recipe(options.recipe, options.overrides), made, data=str(rows))
     checkpoint, test = load_checkpoint(made), load_split(str(rows), "test")
     recorded = record_dataset(checkpoint, test)
     found = {

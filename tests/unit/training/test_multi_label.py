@@ -27,7 +27,7 @@ from offramp_training.config import make_recipe
 from offramp_training.data import Dataset, check_classes, load_split, load_splits
 from offramp_training.errors import DataError, RecipeError
 from offramp_training.evaluate import evaluate_checkpoint
-from offramp_training.fit import fit
+from offramp_training.fit import choose_rows, fit
 from offramp_training.objectives import MULTI_LABEL_OBJECTIVES, OBJECTIVES
 from offramp_training.objectives.row_losses import (
     Distillation,
@@ -118,6 +118,23 @@ def test_one_row_of_a_csv_alone_does_not_say_what_it_is(tmp_path: Path) -> None:
     assert load_split(path, "train").problem_type == "single_label_classification"
     asked = load_split(path, "train", None, ("a", "b", "c"), SETS)
     assert {tuple(one) for one in sets(asked)} == {(0,), (1,)}
+
+
+def test_the_recipe_may_say_what_rows_are(tmp_path: Path) -> None:
+    rows = ["text,label", *(f"text {n},{('a|b', 'c')[n % 2]}" for n in range(40))]
+    (tmp_path / "rows.csv").write_text("\n".join(rows))
+    names = {}
+    for said in (None, SETS, "single_label_classification"):
+        recipe = make_recipe({"data": {"problem_type": said}} if said else {})
+        chosen = choose_rows(recipe, str(tmp_path / "rows.csv"))
+        assert chosen.train.problem_type == chosen.held_out.problem_type == (said or SETS)
+        names[said] = chosen.train.label_names
+    assert names[None] == names[SETS] == ("a", "b", "c")
+    assert names["single_label_classification"] == ("a|b", "c")
+    with pytest.raises(
+        RecipeError, match=r"data\.problem_type = 'both'; allowed: 'single_label_cl"
+    ):
+        make_recipe({"data": {"problem_type": "both"}})
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,10 @@ def mean_binary_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Mean over the labels of a multi-label model of the entropy of p and 1 - p, over ln 2, in
     [0, 1].
 
+    The largest entropy would order texts as `least_certain` does, so the mean is what adds a second
+    view; at speed-up 2 it was the better one (0.495 of 800 sets right against 0.468 on joined SNIPS
+    texts, `training/bench/bench_set_signals.py`).
+
     -ln p is softplus(-z): the entropy of a saturated label is 0, not NaN.
     """
     z = _widen(logits) / temperature

@@ -7,6 +7,15 @@ curve.
 
     python training/bench/bench_set_signals.py RECIPE --data DIR --output DIR [--rows N] [options]
 
+On 800 rows of joined SNIPS texts (`--rows 1600 --set model.freeze_embeddings=true --set
+optimiser.lr=3e-4 --set optimiser.head_lr=3e-3` with the SNIPS recipe: one short epoch, 0.585 of the
+sets right at full depth), accuracy at speed-ups 1.5, 2 and 3, and the area:
+
+    mean entropy                             0.560  0.495  0.331  0.481
+    least certain label, largest entropy     0.544  0.468  0.376  0.476  (they order texts alike)
+    chance that all are right                0.555  0.483  0.339  0.479
+    patience                                 0.453  0.453  0.199  0.347
+
 Writes the rows and the checkpoint to --output; a checkpoint that is there already is used.
 """
 
@@ -27,7 +36,7 @@ from torch import Tensor
 from offramp_model.calibration import curve, point_for, reachable_speedups
 from offramp_model.checkpoint import load_checkpoint
 from offramp_model.labels import label_set
-from offramp_model.policies import ExitPolicy, SignalPolicy, make_supported_policy
+from offramp_model.policies import Direction, ExitPolicy, SignalPolicy, make_supported_policy
 from offramp_model.recorded import RecordedExits
 from offramp_model.signals import least_certain, mean_binary_entropy
 from offramp_training.config import read_recipe
@@ -86,21 +95,24 @@ def joined(dataset: Dataset, count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def candidates() -> Iterator[ExitPolicy]:
-    def binary_entropy(logits: Tensor) -> Tensor:
-        """Of each label, [..., C]."""
-        return mean_binary_entropy(logits[..., None])
-
-    signals: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
+    signals: dict[str, tuple[Direction, Callable[[Tensor], Tensor]]] = {
         "least certain label": ("above", least_certain),
         "mean entropy": ("below", mean_binary_entropy),
-        "largest entropy": ("below", lambda logits: binary_entropy(logits).amax(-1)),
-        "chance that all are right": (
-            "above",
-            lambda logits: torch.nn.functional.logsigmoid(logits.float().abs()).sum(-1).exp(),
-        ),
+        "largest entropy": ("below", largest_entropy),
+        "chance that all are right": ("above", chance_of_all),
     }
     for name, (direction, signal) in signals.items():
         yield SignalPolicy(name, direction, signal, label_set)
+
+
+def largest_entropy(logits: Tensor) -> Tensor:
+    """Of the labels, each a set of its own."""
+    return mean_binary_entropy(logits[..., None]).amax(dim=-1)
+
+
+def chance_of_all(logits: Tensor) -> Tensor:
+    """The product of max(p, 1 - p) over the labels."""
+    return torch.nn.functional.logsigmoid(logits.float().abs()).sum(dim=-1).exp()
 
 
 def measure(recorded: RecordedExits, labels: Tensor, policy: ExitPolicy) -> dict[str, float]:

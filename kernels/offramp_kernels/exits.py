@@ -1,7 +1,8 @@
 """What an exit needs to decide on the device: its weights, and a table with one line per text.
 
 Plain device tensors of fixed capacity. Knows nothing about layers to come, compaction, or which
-backend reads and writes them. The exit rules themselves are those of `offramp_model.policies`.
+backend reads and writes them. The exit rules themselves are those of `offramp_model.policies` for
+one label a text; a multi-label model's exits are decided on the host.
 """
 
 from dataclasses import dataclass, field

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from offramp_model.config import ProblemType
+from offramp_model.labels import from_bits
 from offramp_model.policies import Direction, ExitPolicy, make_policy, never
 from offramp_model.recorded import RecordedExits, RecordedStack
 from offramp_model.rows import ActiveRows, RowSettings
@@ -34,7 +36,8 @@ _SLACK = 1e-9  # of a speed-up: a ratio of integers computed twice may differ in
 class CurvePoint(BaseModel):
     """One operating point: a threshold and what it gave on the calibration rows.
 
-    `exit_counts` has one entry for each layer 1..L.
+    `exit_counts` has one entry for each layer 1..L. `accuracy` of a multi-label model is the
+    share of rows whose whole set of labels is right.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -125,6 +128,7 @@ class ExitTrace:
     exit_layers: tuple[int, ...]
     direction: Direction
     dtype: torch.dtype
+    problem_type: ProblemType
 
     def leaves(self, threshold: float) -> Tensor:
         """bool [E, N]: would the row leave at this exit, had it come so far?"""
@@ -176,6 +180,7 @@ def trace(recorded: RecordedExits, policy: ExitPolicy) -> ExitTrace:
         exit_layers=recorded.exit_layers,
         direction=policy.direction,
         dtype=eager[0][0].dtype,
+        problem_type=recorded.problem_type,
     )
 
 
@@ -250,20 +255,28 @@ def _rounded(threshold: float, dtype: torch.dtype) -> float:
 
 def _measure(seen: ExitTrace, labels: Tensor, threshold: float) -> CurvePoint:
     exit_layer, predicted = seen.outcome(threshold)
-    return measure_point(threshold, exit_layer, predicted, labels, seen.exit_layers[-1])
+    return measure_point(
+        threshold, exit_layer, predicted, labels, seen.exit_layers[-1], seen.problem_type
+    )
 
 
 def measure_point(
-    threshold: float, exit_layer: Tensor, predicted: Tensor, labels: Tensor, num_layers: int
+    threshold: float,
+    exit_layer: Tensor,
+    predicted: Tensor,
+    labels: Tensor,
+    num_layers: int,
+    problem_type: ProblemType,
 ) -> CurvePoint:
     """Summarise where rows left and what they said; all tensors int64 [N]."""
+    f1 = set_macro_f1 if problem_type == "multi_label_classification" else macro_f1
     counts = tuple(torch.bincount(exit_layer, minlength=num_layers + 1)[1:].tolist())
     return CurvePoint(
         threshold=threshold,
         speedup=speedup_ratio(counts),
         mean_exit_layer=mean_exit_layer(counts),
         accuracy=float((predicted == labels).double().mean()),
-        macro_f1=macro_f1(predicted, labels),
+        macro_f1=f1(predicted, labels),
         exit_counts=counts,
     )
 
@@ -280,16 +293,24 @@ def macro_f1(predicted: Tensor, labels: Tensor) -> float:
     return float((2 * hits / occurrences)[occurrences > 0].mean())
 
 
+def set_macro_f1(predicted: Tensor, labels: Tensor) -> float:
+    """The same of sets of labels; 1 where no label occurs at all, as then nothing was missed."""
+    said, true = from_bits(predicted), from_bits(labels)
+    occurrences = said.sum(dim=0).double() + true.sum(dim=0)
+    hits = (said & true).sum(dim=0)
+    found = (2 * hits / occurrences)[occurrences > 0]
+    return float(found.mean()) if len(found) else 1.0
+
+
 def layer_accuracies(recorded: RecordedExits, labels: Tensor) -> list[float]:
     """Accuracy of every exit if all rows left there."""
-    predicted = recorded.logits.argmax(dim=-1)
-    right: list[float] = (predicted == labels).double().mean(dim=1).tolist()
+    right: list[float] = (recorded.said == labels).double().mean(dim=1).tolist()
     return right
 
 
 def oracle(recorded: RecordedExits, labels: Tensor) -> tuple[float, float]:
     """Speed-up and accuracy if each row left at its first right exit, else ran to the end."""
-    right = recorded.logits.argmax(dim=-1) == labels
+    right = recorded.said == labels
     found = right.any(dim=0)
     index = torch.where(found, right.int().argmax(dim=0), right.shape[0] - 1)
     exit_layer = torch.tensor(recorded.exit_layers)[index]

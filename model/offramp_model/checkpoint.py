@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,13 +35,14 @@ from offramp_model.calibration import CalibrationTable
 from offramp_model.config import MultiExitConfig
 from offramp_model.encoder import PackedEncoder, check_backbone
 from offramp_model.heads import ExitHeads
-from offramp_model.policies import POLICIES, supported_policies
+from offramp_model.policies import POLICIES, why_unsupported
 from offramp_model.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from offramp_model.onnx_stack import OnnxStack
 
 FORMAT_VERSION = 1
+OLD_PROBLEM_TYPE = "single_label_classification"  # of manifests that say it beside `model`
 MANIFEST, BACKBONE, EXITS = "offramp.json", "model.safetensors", "exits.safetensors"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 EMBEDDINGS, SEGMENT = "embeddings.onnx", "segment-{}.onnx"  # by exit layer
@@ -121,7 +129,6 @@ class Manifest(BaseModel):
 
     format_version: Literal[1] = 1
     model: MultiExitConfig
-    problem_type: Literal["single_label_classification"] = "single_label_classification"
     exit_policy: str  # what requests get unless they ask for another
     best_policy: str | None = None  # the most accurate at speed-up 2 when it was calibrated
     # The raw threshold that the exits were trained for, where the objective has one.
@@ -134,6 +141,14 @@ class Manifest(BaseModel):
     graphs: GraphRecord | None = None  # exported for ONNX Runtime
     evaluation: dict[str, JsonValue] = {}
     calibration: tuple[CalibrationTable, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _problem_type_moved(cls, content: Any) -> Any:
+        """It once stood here, with its only value, and is the model's now."""
+        if isinstance(content, dict) and content.get("problem_type") == OLD_PROBLEM_TYPE:
+            return {key: value for key, value in content.items() if key != "problem_type"}
+        return content
 
     @property
     def tensor_files(self) -> tuple[str, ...]:
@@ -421,14 +436,10 @@ def _read_manifest(path: Path) -> Manifest:
     for key, name in (("exit_policy", manifest.exit_policy), ("best_policy", manifest.best_policy)):
         if name not in POLICIES and not (key == "best_policy" and name is None):
             raise CheckpointError(f"{path}: unknown {key} {name!r}; known: {', '.join(POLICIES)}")
-    supported = supported_policies(manifest.model)
     named = (manifest.exit_policy, manifest.best_policy, *(t.policy for t in manifest.calibration))
     for policy in named:
-        if policy is not None and policy not in supported:
-            raise CheckpointError(
-                f"{path}: {policy!r} needs gates, and the model has none; it supports: "
-                f"{', '.join(supported)}"
-            )
+        if policy is not None and (reason := why_unsupported(policy, manifest.model)):
+            raise CheckpointError(f"{path}: {reason}")
     for table in manifest.calibration:
         if any(len(point.exit_counts) != manifest.model.num_layers for point in table.points):
             raise CheckpointError(

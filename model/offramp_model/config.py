@@ -9,6 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Pooling = Literal["cls", "mean", "mean_cls", "max_mean", "attention"]
 Pooler = Literal["shared", "per_exit", "none"]
+ProblemType = Literal["single_label_classification", "multi_label_classification"]
+"""One class of several, by softmax; or any number of labels, each by its own sigmoid. The names are
+those of `problem_type` in Hugging Face's configs."""
+
+MOST_LABELS_OF_SETS = 63
+"""Of a multi-label model: a set of labels is the bits of an int64 (`labels.py`)."""
 
 
 class PolicyOptions(BaseModel):
@@ -30,10 +36,11 @@ class MultiExitConfig(BaseModel):
     """The shape of a multi-exit classifier.
 
     Exit layers are 1-based and ascending, and the last one is the last layer: every text has
-    left by then. `labels` is ordered by label id. `attention_heads` is for `attention` pooling only
-    and divides the hidden size. `gate_hidden` is the inner width of the learned gates beside the
-    exit heads: 0 is a single linear map, None is a model without gates. `policies` is what exit
-    policies are made of, in calibration and in serving alike.
+    left by then. `labels` is ordered by label id; a model of one label answers yes or no, and is
+    a multi-label one, as a softmax over one class says nothing. `attention_heads` is for
+    `attention` pooling only and divides the hidden size. `gate_hidden` is the inner width of the
+    learned gates beside the exit heads: 0 is a single linear map, None is a model without gates.
+    `policies` is what exit policies are made of, in calibration and in serving alike.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +49,7 @@ class MultiExitConfig(BaseModel):
     hidden_size: Annotated[int, Field(ge=1)]
     exit_layers: tuple[int, ...]
     labels: tuple[str, ...]
+    problem_type: ProblemType = "single_label_classification"
     pooling: Pooling = "mean"
     attention_heads: Annotated[int, Field(ge=1)] = 4
     pooler: Pooler = "none"
@@ -63,8 +71,7 @@ class MultiExitConfig(BaseModel):
                 f"the last exit is at layer {self.exit_layers[-1]}, "
                 f"but it must be at the last layer, {self.num_layers}"
             )
-        if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
-            raise ValueError(f"labels must be at least two different names, got {self.labels}")
+        self._check_labels()
         if self.pooling == "attention" and self.hidden_size % self.attention_heads:
             raise ValueError(
                 f"attention_heads = {self.attention_heads} does not divide hidden_size = "
@@ -73,6 +80,28 @@ class MultiExitConfig(BaseModel):
         if self.has_gates and self.num_exits < 2:
             raise ValueError("gates choose between exits, but there is only the last one")
         return self
+
+    def _check_labels(self) -> None:
+        distinct = len(set(self.labels)) == len(self.labels)
+        if not self.is_multi_label:
+            if len(self.labels) < 2 or not distinct:
+                raise ValueError(
+                    f"labels must be at least two different names, got {self.labels}; a single "
+                    "label goes with problem_type multi_label_classification"
+                )
+            return
+        if not 1 <= len(self.labels) <= MOST_LABELS_OF_SETS or not distinct:
+            raise ValueError(
+                f"labels of a multi-label model must be 1 to {MOST_LABELS_OF_SETS} different "
+                f"names, got {len(self.labels)}: {self.labels}"
+            )
+        if self.has_gates:
+            raise ValueError("gates are learned for one label a text, not for multi-label models")
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Is the answer a set of labels, rather than one?"""
+        return self.problem_type == "multi_label_classification"
 
     @property
     def num_labels(self) -> int:

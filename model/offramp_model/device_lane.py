@@ -89,6 +89,9 @@ def not_covered(stack: PackedEncoder, activation: str) -> str | None:
         f"heads of {width // heads} instead of 32 or 64": width // heads not in (32, 64),
         f"{width} wide, more than 1024": width > 1024,
         f"{config.num_labels} labels, more than 256": config.num_labels > 256,
+        "its exits say sets of labels, and the kernels know one label a text": (
+            config.is_multi_label
+        ),
         "signals have a temperature": config.policies.temperature != 1.0,
         "the embeddings are projected": stack.embeddings.projection is not None,
     }

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offramp_model.config import MultiExitConfig
+from offramp_model.config import MultiExitConfig, ProblemType
 from offramp_model.families import Family, family_of
 from offramp_model.heads import ExitHeads
 from offramp_model.policies import HeadOutput
@@ -246,6 +246,10 @@ class PackedEncoder:
     @property
     def num_labels(self) -> int:
         return self.config.num_labels
+
+    @property
+    def problem_type(self) -> ProblemType:
+        return self.config.problem_type
 
     @property
     def exit_layers(self) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offramp_model.config import ProblemType
 from offramp_model.policies import Decision, ExitPolicy, HeadOutput
 from offramp_model.rows import ActiveRows, PackedTokens, RowSettings, TokenBatch
 
@@ -28,6 +29,9 @@ class LayerStack(Protocol):
 
     @property
     def num_labels(self) -> int: ...
+
+    @property
+    def problem_type(self) -> ProblemType: ...
 
     @property
     def exit_layers(self) -> tuple[int, ...]:

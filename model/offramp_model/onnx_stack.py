@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offramp_model.config import MultiExitConfig
+from offramp_model.config import MultiExitConfig, ProblemType
 from offramp_model.heads import ExitHeads
 from offramp_model.policies import HeadOutput
 from offramp_model.rows import PackedTokens, Run, TokenBatch
@@ -90,6 +90,10 @@ class OnnxStack:
     @property
     def num_labels(self) -> int:
         return self._config.num_labels
+
+    @property
+    def problem_type(self) -> ProblemType:
+        return self._config.problem_type
 
     @property
     def exit_layers(self) -> tuple[int, ...]:

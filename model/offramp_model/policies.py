@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from offramp_model import signals
-from offramp_model.config import MultiExitConfig, PolicyOptions
+from offramp_model.config import MultiExitConfig, PolicyOptions, ProblemType
+from offramp_model.labels import Reading, label_set, most_probable
 from offramp_model.rows import ActiveRows
 
 Direction = Literal["below", "above", "at_least"]
@@ -34,7 +35,8 @@ class HeadOutput:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Per row: `leaving` bool [n], `label` int64 [n], and the compared `signal` [n]."""
+    """Per row: `leaving` bool [n], `label` int64 [n], and the compared `signal` [n]. A label is
+    what `labels.py` reads in the logits: a class, or a set of labels as bits."""
 
     leaving: Tensor
     label: Tensor
@@ -94,15 +96,17 @@ class _Memoryless:
 
 @dataclass(frozen=True, slots=True)
 class FullDepthPolicy(_Memoryless):
-    """Never early. The signal is the largest probability, for information only."""
+    """Never early. The signal is that of `confidence`, for information only."""
 
     name: str = "full_depth"
     direction: Direction = "above"
+    signal: Callable[[Tensor], Tensor] = signals.max_probability
+    label: Reading = most_probable
 
     def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
-        signal = signals.max_probability(head.logits)
+        signal = self.signal(head.logits)
         stays = torch.zeros_like(signal, dtype=torch.bool)
-        return Decision(stays, head.logits.argmax(dim=-1), signal)
+        return Decision(stays, self.label(head.logits), signal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +115,12 @@ class FixedLayerPolicy(_Memoryless):
 
     name: str = "fixed_layer"
     direction: Direction = "at_least"
+    label: Reading = most_probable
 
     def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
         signal = torch.full_like(rows.threshold, float(exit_layer))
         leaving = _leaves(signal, rows.threshold, self.direction)
-        return Decision(leaving, head.logits.argmax(dim=-1), signal)
+        return Decision(leaving, self.label(head.logits), signal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +133,12 @@ class SignalPolicy(_Memoryless):
     name: str
     direction: Direction
     signal: Callable[[Tensor], Tensor]
+    label: Reading = most_probable
 
     def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
         signal = self.signal(head.logits)
         leaving = _leaves(signal, rows.threshold, self.direction)
-        return Decision(leaving, head.logits.argmax(dim=-1), signal)
+        return Decision(leaving, self.label(head.logits), signal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +147,12 @@ class PatiencePolicy:
 
     The count starts at 0 and falls back to 0 when the label changes, so a row cannot leave
     before exit `threshold + 1`. An exit with NaN logits agrees with nothing and cannot be left
-    at: its signal is NaN.
+    at: its signal is NaN. Label sets agree when they are the same.
     """
 
     name: str = "patience"
     direction: Direction = "at_least"
+    label: Reading = most_probable
 
     def initial_state(
         self, count: int, num_labels: int, device: torch.device | str
@@ -156,7 +163,7 @@ class PatiencePolicy:
         }
 
     def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
-        label = head.logits.argmax(dim=-1)
+        label = self.label(head.logits)
         broken = head.logits.isnan().any(dim=-1)
         agrees = (label == rows.state["last_label"]) & ~broken
         agreeing = torch.where(agrees, rows.state["agreeing"] + 1, 0.0)
@@ -239,10 +246,14 @@ class GatePolicy(_Memoryless):
 
 
 def _signal_policy(
-    name: str, direction: Direction, signal: Callable[..., Tensor]
+    name: str,
+    direction: Direction,
+    signal: Callable[..., Tensor],
+    label: Reading = most_probable,
 ) -> Callable[[PolicyOptions], ExitPolicy]:
     def make(options: PolicyOptions) -> ExitPolicy:
-        return SignalPolicy(name, direction, partial(signal, temperature=options.temperature))
+        at_temperature = partial(signal, temperature=options.temperature)
+        return SignalPolicy(name, direction, at_temperature, label)
 
     return make
 
@@ -258,23 +269,56 @@ POLICIES: dict[str, Callable[[PolicyOptions], ExitPolicy]] = {
     "vote": lambda options: VotePolicy(options.vote_exponent, options.vote_fallback),
     "gate": lambda _: GatePolicy(),
 }
+"""For one label a text; they know of all policies there are."""
+
+LABEL_SET_POLICIES: dict[str, Callable[[PolicyOptions], ExitPolicy]] = {
+    "full_depth": lambda _: FullDepthPolicy(signal=signals.least_certain, label=label_set),
+    "fixed_layer": lambda _: FixedLayerPolicy(label=label_set),
+    "confidence": _signal_policy("confidence", "above", signals.least_certain, label_set),
+    "margin": _signal_policy("margin", "above", signals.least_margin, label_set),
+    "entropy": _signal_policy("entropy", "below", signals.mean_binary_entropy, label_set),
+    "patience": lambda _: PatiencePolicy(label=label_set),
+}
+"""For sets of labels, under the same names and with the same directions."""
 
 
-def make_policy(name: str, options: PolicyOptions | None = None) -> ExitPolicy:
+def make_policy(
+    name: str,
+    options: PolicyOptions | None = None,
+    problem_type: ProblemType = "single_label_classification",
+) -> ExitPolicy:
     """The exit policy of that name; a model's own is that of `make_supported_policy`.
 
     Raises:
         ValueError: there is none; the message lists those there are.
     """
+    is_multi_label = problem_type == "multi_label_classification"
+    table = LABEL_SET_POLICIES if is_multi_label else POLICIES
     try:
-        return POLICIES[name](options or PolicyOptions())
+        return table[name](options or PolicyOptions())
     except KeyError:
-        raise ValueError(f"unknown exit policy {name!r}; known: {', '.join(POLICIES)}") from None
+        raise ValueError(f"unknown exit policy {name!r}; known: {', '.join(table)}") from None
 
 
 def supported_policies(config: MultiExitConfig) -> tuple[str, ...]:
-    """The policies whose inputs a model has: `gate` needs gates, the others only logits."""
+    """The policies whose inputs a model has: `gate` needs gates, the others only logits; and of
+    multi-label models those that mean something for a set of labels."""
+    if config.is_multi_label:
+        return tuple(LABEL_SET_POLICIES)
     return tuple(name for name in POLICIES if name != "gate" or config.has_gates)
+
+
+def why_unsupported(name: str, config: MultiExitConfig) -> str | None:
+    """What keeps a model from a known policy, and those that it supports; None: nothing does."""
+    supported = supported_policies(config)
+    if name in supported:
+        return None
+    reason = (
+        "is for one label a text, and this checkpoint is multi-label"
+        if config.is_multi_label
+        else "needs gates, and this checkpoint has none"
+    )
+    return f"exit policy {name!r} {reason}; it supports: {', '.join(supported)}"
 
 
 def make_supported_policy(name: str, config: MultiExitConfig) -> ExitPolicy:
@@ -284,13 +328,9 @@ def make_supported_policy(name: str, config: MultiExitConfig) -> ExitPolicy:
         ValueError: there is none, or the model lacks what it looks at; the message lists those
             that the model supports.
     """
-    policy, supported = make_policy(name, config.policies), supported_policies(config)
-    if name not in supported:
-        raise ValueError(
-            f"exit policy {name!r} needs gates, and this checkpoint has none; it supports: "
-            f"{', '.join(supported)}"
-        )
-    return policy
+    if name in POLICIES and (reason := why_unsupported(name, config)):
+        raise ValueError(reason)
+    return make_policy(name, config.policies, config.problem_type)
 
 
 def threshold_range(policy: ExitPolicy, config: MultiExitConfig) -> tuple[float, float]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offramp_model.config import ProblemType
+from offramp_model.labels import reading
 from offramp_model.layer_loop import LayerStack, layer_loop, start_rows
 from offramp_model.policies import ExitPolicy, HeadOutput
 from offramp_model.rows import Encoding, PackedTokens, RowSettings, TokenBatch
@@ -23,6 +25,7 @@ class RecordedExits:
     logits: Tensor
     exit_layers: tuple[int, ...]
     gate: Tensor | None = None
+    problem_type: ProblemType = "single_label_classification"
 
     def __post_init__(self) -> None:
         if self.logits.ndim != 3 or self.logits.shape[0] != len(self.exit_layers):
@@ -48,6 +51,11 @@ class RecordedExits:
     def num_labels(self) -> int:
         return self.logits.shape[2]
 
+    @property
+    def said(self) -> Tensor:
+        """The label, or label set, that every exit says of every row: int64 [E, N]."""
+        return reading(self.problem_type)(self.logits)
+
 
 class RecordedStack:
     """Replays recorded logits as a `LayerStack`: a row's hidden state is its own index."""
@@ -62,6 +70,10 @@ class RecordedStack:
     @property
     def num_labels(self) -> int:
         return self._recorded.num_labels
+
+    @property
+    def problem_type(self) -> ProblemType:
+        return self._recorded.problem_type
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -136,7 +148,7 @@ def record_exits(
                 gate[exit_index, submitted] = head.gate.float().cpu()
         if progress is not None:
             progress(start + len(chosen))
-    return RecordedExits(logits, kept, gate)
+    return RecordedExits(logits, kept, gate, stack.problem_type)
 
 
 def replay(

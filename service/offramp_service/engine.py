@@ -6,11 +6,12 @@ batch is still running.
 It knows nothing about queues, futures, clients or time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from offramp_kernels.contract import MAX_ROWS
+from offramp_model.config import ProblemType
 from offramp_model.cost import StepTable
 from offramp_model.device_lane import DeviceLane
 from offramp_model.encoder import PackedEncoder
@@ -22,6 +23,24 @@ from offramp_model.rows import ActiveRows, Encoding, RowSettings, TokenBatch
 from offramp_service.jobs import Answer, ExitReason, Job, Left
 
 MEASURING_S = 1.0
+
+
+Scoring = Callable[[Leavers], tuple[torch.Tensor, torch.Tensor]]
+"""Leavers → the one label that an answer names, int64 [k], and its probabilities, [k, C]."""
+
+
+def scoring(problem_type: ProblemType) -> Scoring:
+    """How answers of this kind of problem are scored."""
+    return _by_sigmoid if problem_type == "multi_label_classification" else _by_softmax
+
+
+def _by_softmax(leavers: Leavers) -> tuple[torch.Tensor, torch.Tensor]:
+    return leavers.label, torch.softmax(leavers.logits, dim=-1)
+
+
+def _by_sigmoid(leavers: Leavers) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leavers have a set of labels; an answer names the most probable one, as other servers do."""
+    return leavers.logits.argmax(dim=-1), torch.sigmoid(leavers.logits)
 
 
 class Engine:
@@ -100,16 +119,16 @@ class Engine:
             given_up = [inside[row].abandoned for row in index.tolist()]
             return torch.tensor(given_up, dtype=torch.bool, device=index.device)
 
-        depth = self._stack.num_layers
+        depth, score = self._stack.num_layers, scoring(self._stack.problem_type)
         if self._lane is not None:
             on_host = TokenBatch.pack(encodings)
             if self._lane.covers(on_host):
                 turns = self._lane(on_host, asked, abandoned=abandoned)
-                return Course(turns, None, inside, depth)
+                return Course(turns, None, inside, depth, score)
         batch = TokenBatch.pack(encodings, self._device)
         rows = start_rows(self._stack, batch, self._policy, asked)
         turns = layer_loop(self._stack, rows, self._policy, abandoned=abandoned)
-        return Course(turns, rows, inside, depth)
+        return Course(turns, rows, inside, depth, score)
 
 
 class Course:
@@ -122,10 +141,15 @@ class Course:
     """
 
     def __init__(
-        self, turns: Iterator[Leavers], rows: ActiveRows | None, jobs: list[Job], num_layers: int
+        self,
+        turns: Iterator[Leavers],
+        rows: ActiveRows | None,
+        jobs: list[Job],
+        num_layers: int,
+        score: Scoring,
     ) -> None:
         self._turns, self._rows, self._jobs = turns, rows, jobs
-        self._num_layers = num_layers
+        self._num_layers, self._score = num_layers, score
         self._pending = set(range(len(jobs)))
 
     def __iter__(self) -> Iterator[Left]:
@@ -172,11 +196,11 @@ class Course:
         if not leavers.row.numel():
             return []
         layer = leavers.exit_layer
-        probs = torch.softmax(leavers.logits, dim=-1)
+        label, probs = self._score(leavers)
         sound = leavers.logits.isfinite().all(dim=-1)
         columns = (
             leavers.row.tolist(),
-            leavers.label.tolist(),
+            label.tolist(),
             leavers.logits.tolist(),
             probs.tolist(),
             leavers.signal.tolist(),

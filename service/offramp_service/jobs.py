@@ -88,7 +88,8 @@ class Controls:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one text. `signal` is the scalar its exit policy compared."""
+    """What became of one text. `label` is the most probable one and `probs` are by softmax, or by
+    sigmoid of a multi-label model; `signal` is the scalar its exit policy compared."""
 
     label: int
     logits: list[float]

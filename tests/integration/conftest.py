@@ -63,7 +63,7 @@ def running(directory: Path) -> Running:
     async def start(
         around: Callable[[FastAPI], None] = lambda _: None, **settings: Any
     ) -> AsyncIterator[httpx.AsyncClient]:
-        app = create_app(Settings(model_id=directory, threads=1, **settings))
+        app = create_app(Settings(**{"model_id": directory, "threads": 1, **settings}))
         around(app)
         transport = httpx.ASGITransport(app)
         async with (

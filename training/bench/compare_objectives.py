@@ -300,7 +300,7 @@ def shared_first_stage(work: Path, run: Run, recipe: Recipe, rows: FitData) -> F
     alpha's is all alphas'."""
     if not recipe.objective.not_in_first_stage:
         return None
-    pinned, _ = open_teacher(recipe, rows.train.label_names)
+    pinned, _ = open_teacher(recipe, rows.train.label_names, rows.train.problem_type)
     name = _hash(first_stage_identity(pinned, rows))
     return FirstStage(work / "first-stages" / name[:16], run.name)
 

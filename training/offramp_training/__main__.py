@@ -197,7 +197,8 @@ def _rows(options: argparse.Namespace, manifest: Manifest) -> Dataset:
             raise DataError(f"--data {options.data} is not the data that the checkpoint came from")
         return held_out
     columns = Columns(recipe.data.text, recipe.data.text_pair, recipe.data.label)
-    return load_split(options.data, options.split, columns, manifest.model.labels)
+    model = manifest.model
+    return load_split(options.data, options.split, columns, model.labels, model.problem_type)
 
 
 def _console() -> Console:

@@ -29,7 +29,7 @@ class Batch:
     input_ids: torch.Tensor  # [B, S]
     attention_mask: torch.Tensor  # [B, S]
     token_type_ids: torch.Tensor  # [B, S]
-    labels: torch.Tensor  # [B]
+    labels: torch.Tensor  # [B], classes or label sets as bits
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from offramp_model.checkpoint import Manifest
+from offramp_model.config import MultiExitConfig
 from offramp_training.config import DistillationSection
 
 
@@ -22,9 +23,15 @@ def _head(manifest: Manifest) -> str:
         f"# Multi-exit text classifier: {manifest.data.name}\n\n"
         f"An encoder of {model.num_layers} layers with a small classifier after layers "
         f"{', '.join(map(str, model.exit_layers))}. A text leaves at the first layer that is sure "
-        f"of it, so easy texts cost less. Labels ({model.num_labels}): "
+        f"of it, so easy texts cost less. {_labels(model)} ({model.num_labels}): "
         f"{', '.join(f'`{label}`' for label in model.labels)}."
     )
+
+
+def _labels(model: MultiExitConfig) -> str:
+    if not model.is_multi_label:
+        return "Labels"
+    return "A text may have any number of labels, each where its own sigmoid is above 0.5. Labels"
 
 
 def _figures(manifest: Manifest) -> str:
@@ -38,7 +45,7 @@ def _figures(manifest: Manifest) -> str:
         "![accuracy against speed-up](curve.png)",
         "",
         f"On {evaluation['rows']} rows of `{evaluation['split']}`; speed-up is in layers, "
-        f"`L·N / Σ exit_layer`. {_thresholds(manifest)}:",
+        f"`L·N / Σ exit_layer`. {_accuracy(manifest.model)}{_thresholds(manifest)}:",
         "",
         "| requested speed-up | speed-up | accuracy | macro F1 | mean exit layer |",
         "|---|---|---|---|---|",
@@ -55,6 +62,12 @@ def _figures(manifest: Manifest) -> str:
         *(f"| {one['exit_layer']} | {one['accuracy']:.4f} |" for one in evaluation["layers"]),
     ]
     return "\n".join(lines)
+
+
+def _accuracy(model: MultiExitConfig) -> str:
+    if not model.is_multi_label:
+        return ""
+    return "Accuracy is the share of rows whose whole set of labels is right. "
 
 
 def _natural(policy: dict[str, Any]) -> list[str]:

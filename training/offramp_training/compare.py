@@ -29,7 +29,7 @@ from offramp_model.calibration import (
     trace,
 )
 from offramp_model.checkpoint import Checkpoint
-from offramp_model.policies import make_policy, make_supported_policy
+from offramp_model.policies import make_supported_policy
 from offramp_model.recorded import RecordedExits
 from offramp_training import statistics
 from offramp_training.data import Dataset
@@ -182,7 +182,7 @@ def _measure(
         layers=dict(zip(recorded.exit_layers, accuracies, strict=True)),
         aurocs=dict(zip(recorded.exit_layers, signal_aurocs(seen, labels), strict=True)),
         curve=points,
-        truncated=curve(recorded, labels, make_policy("fixed_layer")),
+        truncated=curve(recorded, labels, make_supported_policy("fixed_layer", checkpoint.model)),
         oracle=oracle(recorded, labels),
     )
     return compared, _outcomes(seen, points, labels)

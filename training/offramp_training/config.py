@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from offramp_model.config import PolicyOptions, Pooler, Pooling
+from offramp_model.config import PolicyOptions, Pooler, Pooling, ProblemType
 from offramp_training.errors import RecipeError
 from offramp_training.explain import explain
 from offramp_training.objectives import OBJECTIVES, Objective, make_objective
@@ -59,6 +59,9 @@ class DataSection(Section):
     text: str = "text"
     text_pair: str = "text_pair"
     label: str = "label"
+    # One label a row, or a set of them. None: sets where a row has a list of labels, or a CSV or
+    # Parquet cell has names with a | between them.
+    problem_type: ProblemType | None = None
     # Train rows kept back for early stopping and calibration. None: the validation split serves,
     # or, where there is none, a tenth of the training rows (2,000 at most).
     held_out: Count | None = None

@@ -2,6 +2,10 @@
 
 A wrong row is refused with its file and line; nothing is repaired or dropped silently. Knows
 nothing about tokens, batches or models.
+
+Rows have one label each, or a set of labels each: `"label": [0, 3]`, a list of numbers or names
+that may be empty. CSV has no lists, and Parquet need not: a cell of text may hold names with a `|`
+between them, and an empty cell is the empty set.
 """
 
 from __future__ import annotations
@@ -12,12 +16,14 @@ import hashlib
 import json
 import random
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from offramp_model.config import MOST_LABELS_OF_SETS, ProblemType
+from offramp_model.labels import bits_of, ids_of
 from offramp_training.errors import DataError
 
 SPLITS = ("train", "validation", "test")
@@ -25,12 +31,14 @@ JSON_LINES, CSV, PARQUET = (".jsonl", ".jsonl.gz"), ".csv", ".parquet"
 # One file has no splits of its own: a fixed seed, so that `evaluate` finds the rows `fit` left out.
 FILE_SPLIT_SEED = 20_240_229
 FILE_SPLIT_SHARE = 0.1  # validation and test, each
+SEPARATOR = "|"  # between the names of a set, in a cell of text
 DEFAULT_HELD_OUT_SHARE, DEFAULT_HELD_OUT_MOST = 0.1, 2000
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One labelled text, or pair of texts. `id` is its place in its split."""
+    """One labelled text, or pair of texts. `id` is its place in its split; `label` a class, or a
+    set of labels as bits (`offramp_model.labels`)."""
 
     id: int
     text: str
@@ -49,6 +57,7 @@ class Dataset:
     split: str
     rows: tuple[Row, ...]
     label_names: tuple[str, ...]
+    problem_type: ProblemType = "single_label_classification"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,17 +70,31 @@ class Dataset:
     def inputs(self) -> list[str | tuple[str, str]]:
         return [row.model_input for row in self.rows]
 
+    @property
+    def is_multi_label(self) -> bool:
+        return self.problem_type == "multi_label_classification"
+
+    def ids_of(self, row: Row) -> list[int]:
+        """Ids of a row's labels, ascending."""
+        return ids_of(row.label) if self.is_multi_label else [row.label]
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the rows whatever their order: the same rows shuffled are the same rows."""
-        digests = sorted(_digest(row, self.label_names) for row in self.rows)
+        digests = sorted(map(self._digest, self.rows))
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     @cached_property
     def ordered_fingerprint(self) -> str:
         """sha256 over the rows in order: what a resumed run must find unchanged."""
-        digests = [_digest(row, self.label_names) for row in self.rows]
+        digests = map(self._digest, self.rows)
         return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def _digest(self, row: Row) -> str:
+        names = [self.label_names[label] for label in self.ids_of(row)]
+        label: str | list[str] = names if self.is_multi_label else names[0]
+        line = json.dumps([row.text, row.text_pair, label])
+        return hashlib.sha256(line.encode()).hexdigest()
 
     def take(self, places: Iterable[int], split: str | None = None) -> Dataset:
         """Some of the rows; they keep their ids."""
@@ -90,10 +113,12 @@ class Columns:
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as read, with the place to name when it is wrong."""
+    """A row as read, with the place to name when it is wrong. `kind` is that of a file whose cells
+    may hold sets of names as text: CSV, PARQUET, or neither."""
 
     place: str
     values: dict[str, Any]
+    kind: str = ""
 
 
 def load_splits(
@@ -101,11 +126,13 @@ def load_splits(
     columns: Columns | None = None,
     label_names: Sequence[str] | None = None,
     splits: Sequence[str] | None = None,
+    problem_type: ProblemType | None = None,
 ) -> dict[str, Dataset]:
     """Every split of a data source by name, or those of `splits` that there are.
 
     A split that was not asked for is not looked at: a public test split often has no labels.
-    `label_names` are those of a checkpoint, when there is one: the data must then use them.
+    `label_names` are those of a checkpoint, when there is one: the data must then use them. So must
+    it be of a `problem_type`; without one, rows have sets of labels if any of them has.
     """
     columns = columns or Columns()
     there, declared = _read_source(source, columns)
@@ -113,11 +140,18 @@ def load_splits(
     if not raw:
         wanted = " or ".join(map(repr, splits or ()))
         raise DataError(f"{source}: no split {wanted}; it has: {', '.join(there)}")
-    names = _label_names(source, raw, columns, declared, label_names)
-    if len(names) < 2:
-        raise DataError(f"{source}: {names[0]!r} is the only label; two or more are needed")
+    if problem_type is None:
+        problem_type = _problem_type(raw, columns.label)
+    values = _label_values(raw, columns.label, problem_type)
+    names = _known_names(declared, label_names)
+    if names is None:
+        rows = sum(map(len, raw.values()))
+        fewest = 1 if problem_type == "multi_label_classification" else 2
+        names = _names_of(source, values, rows, fewest)
+    _check_number(source, names, problem_type)
+    read = _label_set if problem_type == "multi_label_classification" else _label
     checked = {
-        split: Dataset(split, tuple(_check_rows(rows, columns, names)), names)
+        split: Dataset(split, tuple(_check_rows(rows, columns, names, read)), names, problem_type)
         for split, rows in raw.items()
     }
     _check_pairs(checked, raw)
@@ -129,9 +163,10 @@ def load_split(
     split: str,
     columns: Columns | None = None,
     label_names: Sequence[str] | None = None,
+    problem_type: ProblemType | None = None,
 ) -> Dataset:
     """One split of a data source."""
-    return load_splits(source, columns, label_names, (split,))[split]
+    return load_splits(source, columns, label_names, (split,), problem_type)[split]
 
 
 def hold_out(train: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -172,7 +207,7 @@ def check_classes(train: Dataset, left_by: str, column: str = "label") -> None:
 
     `left_by` is what left these rows: the source, or the setting that took others away.
     """
-    seen = set(train.labels)
+    seen = {label for row in train.rows for label in train.ids_of(row)}
     missing = [name for number, name in enumerate(train.label_names) if number not in seen]
     if missing:
         raise DataError(
@@ -228,8 +263,8 @@ def _declared_labels(path: Path) -> Declared:
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{path}: label_names must be a list of strings, got {names!r}")
-    if len(set(names)) != len(names) or len(names) < 2:
-        raise DataError(f"{path}: label_names must be two or more different names, got {names!r}")
+    if len(set(names)) != len(names) or not names:
+        raise DataError(f"{path}: label_names must be different names, got {names!r}")
     return tuple(names)
 
 
@@ -281,7 +316,7 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
             if None in values:
                 raise DataError(f"{place}: more fields than the header has columns")
             # CSV cannot tell a missing value from an empty one: both are missing.
-            yield RawRow(place, {key: value or None for key, value in values.items()})
+            yield RawRow(place, {key: value or None for key, value in values.items()}, CSV)
     except csv.Error as error:
         raise DataError(f"{path}:{reader.reader.line_num}: not CSV: {error}") from None
 
@@ -295,7 +330,7 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
     except (arrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as Parquet: {error}") from None
     for number, values in enumerate(rows, start=1):
-        yield RawRow(f"{path}: row {number}", values)
+        yield RawRow(f"{path}: row {number}", values, PARQUET)
 
 
 def _read_hub(name: str, columns: Columns) -> tuple[Splits, Declared]:
@@ -309,7 +344,9 @@ def _read_hub(name: str, columns: Columns) -> tuple[Splits, Declared]:
         ) from None
     declared = None
     for rows in loaded.values():
-        names = getattr(rows.features.get(columns.label), "names", None)
+        feature = rows.features.get(columns.label)
+        feature = getattr(feature, "feature", feature)  # of lists: that of what is in them
+        names = getattr(feature, "names", None)
         declared = declared or tuple(names or ()) or None
     return {str(split): _hub_rows(name, split, rows) for split, rows in loaded.items()}, declared
 
@@ -343,41 +380,92 @@ def _split_file(path: Path, rows: list[RawRow], columns: Columns) -> Splits:
 # ---- checking ------------------------------------------------------------------------------------
 
 
-def _label_names(
-    source: str,
-    raw: dict[str, list[RawRow]],
-    columns: Columns,
-    declared: Declared,
-    wanted: Sequence[str] | None,
-) -> tuple[str, ...]:
-    """Declared names, else the text labels sorted, else "0", "1", ... up to the largest."""
-    if declared is not None:
-        if wanted is not None and tuple(wanted) != declared:
+def _problem_type(raw: dict[str, list[RawRow]], column: str) -> ProblemType:
+    """Multi-label if any row has a set of labels."""
+    for rows in raw.values():
+        for row in rows:
+            value = row.values.get(column)
+            if isinstance(value, list) or (row.kind and SEPARATOR in str(value)):
+                return "multi_label_classification"
+    return "single_label_classification"
+
+
+def _members(row: RawRow, column: str) -> list[Any]:
+    """What a row has as the labels of its set, not checked yet."""
+    value = row.values.get(column)
+    if isinstance(value, list):
+        return value
+    if row.kind == CSV and column in row.values and value is None:
+        return []
+    if row.kind and isinstance(value, str):
+        return [name.strip() for name in value.split(SEPARATOR)] if value else []
+    if value is None:
+        raise _no_label(row, column)
+    cell = f", or text with {SEPARATOR!r} between names" if row.kind else ""
+    raise DataError(
+        f"{row.place}: {column!r} = {_short(value)} is one label, in multi-label data; allowed: a "
+        f"list of labels, which may be empty{cell}"
+    )
+
+
+def _label_values(
+    raw: dict[str, list[RawRow]], column: str, problem_type: ProblemType
+) -> list[Any]:
+    """Every label of every row as it was given, not checked yet."""
+    every = [row for rows in raw.values() for row in rows]
+    if problem_type == "multi_label_classification":
+        return [label for row in every for label in _members(row, column)]
+    return [row.values.get(column) for row in every]
+
+
+def _check_number(source: str, names: Sequence[str], problem_type: ProblemType) -> None:
+    if problem_type == "multi_label_classification":
+        if len(names) > MOST_LABELS_OF_SETS:
             raise DataError(
-                f"the data's labels are {', '.join(declared)}; "
-                f"the checkpoint's are {', '.join(wanted)}"
+                f"{source}: {len(names)} labels; allowed in multi-label data: up to "
+                f"{MOST_LABELS_OF_SETS}"
             )
-        return declared
-    if wanted is not None:
-        return tuple(wanted)
-    values = [row.values.get(columns.label) for rows in raw.values() for row in rows]
+    elif len(names) < 2:
+        raise DataError(
+            f"{source}: {names[0]!r} is the only label; two or more are needed, or lists of labels "
+            "where it is yes or no"
+        )
+
+
+def _known_names(declared: Declared, wanted: Sequence[str] | None) -> Declared:
+    """Those that the source declares, else those of a checkpoint."""
+    if declared is not None and wanted is not None and tuple(wanted) != declared:
+        raise DataError(
+            f"the data's labels are {', '.join(declared)}; the checkpoint's are {', '.join(wanted)}"
+        )
+    return declared if wanted is None else tuple(wanted)
+
+
+def _names_of(source: str, values: Sequence[Any], rows: int, fewest: int) -> tuple[str, ...]:
+    """The text labels sorted, else "0", "1", ... up to the largest; at least `fewest`."""
     texts = {value for value in values if isinstance(value, str)}
     if texts and not all(map(_is_number, texts)):
         return tuple(sorted(texts))
-    largest = max((int(value) for value in values if isinstance(value, (int, str))), default=1)
-    if largest > len(values):
+    largest = max((int(value) for value in values if isinstance(value, (int, str))), default=0)
+    if largest > rows:
         raise DataError(
-            f"{source}: the largest label is {largest}, for {len(values)} rows; allowed: numbers "
-            "from 0 on, or names (label_names in dataset_info.json)"
+            f"{source}: the largest label is {largest}, for {rows} rows; allowed: numbers from 0 "
+            "on, or names (label_names in dataset_info.json)"
         )
-    return tuple(str(number) for number in range(max(1, largest) + 1))
+    return tuple(str(number) for number in range(max(fewest, largest + 1)))
 
 
 def _is_number(label: str) -> bool:
     return label.isdecimal() and len(label) < 19  # longer ones, int() may refuse
 
 
-def _check_rows(rows: list[RawRow], columns: Columns, names: tuple[str, ...]) -> Iterator[Row]:
+ReadLabel = Callable[[RawRow, str, tuple[str, ...], dict[str, int]], int]
+"""(row, column, names, their ids) → `Row.label`."""
+
+
+def _check_rows(
+    rows: list[RawRow], columns: Columns, names: tuple[str, ...], read: ReadLabel
+) -> Iterator[Row]:
     by_name = {name: number for number, name in enumerate(names)}
     for number, row in enumerate(rows):
         pair = row.values.get(columns.text_pair)
@@ -385,7 +473,7 @@ def _check_rows(rows: list[RawRow], columns: Columns, names: tuple[str, ...]) ->
             id=number,
             text=_text(row, columns.text),
             text_pair=None if pair is None else _text(row, columns.text_pair),
-            label=_label(row, columns.label, names, by_name),
+            label=read(row, columns.label, names, by_name),
         )
 
 
@@ -412,11 +500,32 @@ def _encodable(row: RawRow, column: str, value: str) -> str:
     return value
 
 
+def _no_label(row: RawRow, column: str) -> DataError:
+    have = ", ".join(str(key) for key in row.values)
+    return DataError(f"{row.place}: no {column!r}; the row has: {have}")
+
+
 def _label(row: RawRow, column: str, names: tuple[str, ...], by_name: dict[str, int]) -> int:
     value = row.values.get(column)
     if value is None:
-        have = ", ".join(str(key) for key in row.values)
-        raise DataError(f"{row.place}: no {column!r}; the row has: {have}")
+        raise _no_label(row, column)
+    return _label_id(row, column, value, names, by_name)
+
+
+def _label_set(row: RawRow, column: str, names: tuple[str, ...], by_name: dict[str, int]) -> int:
+    given = _members(row, column)
+    ids = [_label_id(row, column, value, names, by_name) for value in given]
+    if len(set(ids)) < len(ids):
+        raise DataError(
+            f"{row.place}: {column!r} = {_short(given)} names a label twice; allowed: each label "
+            "of the row once (not a 0 or 1 for every label there is)"
+        )
+    return bits_of(ids)
+
+
+def _label_id(
+    row: RawRow, column: str, value: Any, names: tuple[str, ...], by_name: dict[str, int]
+) -> int:
     if isinstance(value, str):
         if _encodable(row, column, value) in by_name:
             return by_name[value]
@@ -455,8 +564,3 @@ def _some(names: Sequence[str], most: int = 10) -> str:
 
 def _folded(text: str, pair: str | None) -> str:
     return "\x00".join(" ".join(one.casefold().split()) for one in (text, pair or ""))
-
-
-def _digest(row: Row, label_names: Sequence[str]) -> str:
-    line = json.dumps([row.text, row.text_pair, label_names[row.label]])
-    return hashlib.sha256(line.encode()).hexdigest()

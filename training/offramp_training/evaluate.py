@@ -148,6 +148,11 @@ def record_dataset(
             f"the data's labels are {', '.join(dataset.label_names)}; "
             f"the checkpoint's are {', '.join(checkpoint.model.labels)}"
         )
+    if dataset.problem_type != checkpoint.model.problem_type:
+        raise DataError(
+            f"the data's problem_type is {dataset.problem_type}; "
+            f"the checkpoint's is {checkpoint.model.problem_type}"
+        )
     if not dataset.rows:
         raise DataError(f"split {dataset.split!r} has no rows")
     encodings = checkpoint.tokenizer().encode(dataset.inputs)
@@ -199,7 +204,12 @@ def _measure_policy(
     def replayed(threshold: float) -> CurvePoint:
         outcome = replay(recorded, policy, threshold)
         return measure_point(
-            threshold, outcome.exit_layer, outcome.label, labels, recorded.num_layers
+            threshold,
+            outcome.exit_layer,
+            outcome.label,
+            labels,
+            recorded.num_layers,
+            recorded.problem_type,
         )
 
     calibrated = {}

@@ -100,7 +100,7 @@ def count_flips(source: Checkpoint, exported: Checkpoint, dataset: Dataset) -> F
     before, after = (
         record_exits(stack, encodings) for stack in (source.stack(), exported.any_stack())
     )
-    said, says = before.logits[-1].argmax(-1), after.logits[-1].argmax(-1)
+    said, says = before.said[-1], after.said[-1]
     return FlipRecord(
         rows=len(chosen),
         accuracy=float((says == labels).double().mean()),

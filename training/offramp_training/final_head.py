@@ -68,7 +68,7 @@ def export_final_head(checkpoint: Checkpoint, output: Path) -> None:
     config = AutoConfig.from_pretrained(checkpoint.directory)
     config.id2label = dict(enumerate(model.labels))
     config.label2id = {label: index for index, label in enumerate(model.labels)}
-    config.problem_type = "single_label_classification"
+    config.problem_type = model.problem_type
     classifier = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
     _load_backbone(classifier, checkpoint.directory / BACKBONE)
     _load_head(classifier, checkpoint, form)

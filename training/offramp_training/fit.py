@@ -51,7 +51,7 @@ from offramp_training.model import (
     load_tokenizer,
     save_tokenizer,
 )
-from offramp_training.objectives import Stage
+from offramp_training.objectives import MULTI_LABEL_OBJECTIVES, Stage
 from offramp_training.progress import Reporter
 from offramp_training.resume import ResumePoints
 from offramp_training.teacher import make_distillation, open_teacher
@@ -95,7 +95,8 @@ def fit(
         if recipe.loop.threads is not None:
             torch.set_num_threads(recipe.loop.threads)
         rows = choose_rows(recipe, data)
-        recipe, teacher = open_teacher(recipe, rows.train.label_names)
+        _check_objective(recipe, rows)
+        recipe, teacher = open_teacher(recipe, rows.train.label_names, rows.train.problem_type)
         backbone = resolve_backbone(recipe.model.backbone)
         model = _model(recipe, backbone, rows)
         tokenizer = load_tokenizer(backbone, model)
@@ -148,7 +149,8 @@ def check_recipe(recipe: Recipe, rows: FitData) -> Recipe:
     Raises:
         TrainingError: `fit` would refuse it before the first step.
     """
-    recipe, _ = open_teacher(recipe, rows.train.label_names)
+    _check_objective(recipe, rows)
+    recipe, _ = open_teacher(recipe, rows.train.label_names, rows.train.problem_type)
     backbone = resolve_backbone(recipe.model.backbone)
     model = _model(recipe, backbone, rows)
     load_tokenizer(backbone, model)
@@ -163,7 +165,8 @@ def choose_rows(recipe: Recipe, data: str | None) -> FitData:
     if source is None:
         raise RecipeError("no data: give --data PATH or set data.path in the recipe")
     columns = Columns(recipe.data.text, recipe.data.text_pair, recipe.data.label)
-    splits = load_splits(source, columns, splits=("train", "validation"))
+    wanted = ("train", "validation")
+    splits = load_splits(source, columns, splits=wanted, problem_type=recipe.data.problem_type)
     if not splits.get("train"):
         raise DataError(f"{source}: no training rows; it has: {', '.join(splits)}")
     seed, train_rows, validation = recipe.loop.seed, splits["train"], splits.get("validation")
@@ -221,9 +224,21 @@ def _start_work(work: Path, points: ResumePoints, overwrite: bool) -> None:
         raise OutputError(f"{work}: {error.strerror}") from None
 
 
+def _check_objective(recipe: Recipe, rows: FitData) -> None:
+    name = recipe.objective.name
+    if rows.train.is_multi_label and name not in MULTI_LABEL_OBJECTIVES:
+        raise RecipeError(
+            f"objective.name = {name!r}; it is for one label a row and these rows have sets of "
+            f"labels, allowed: {', '.join(MULTI_LABEL_OBJECTIVES)}"
+        )
+
+
 def _model(recipe: Recipe, backbone: Path, rows: FitData) -> MultiExitModel:
     labels, seed = rows.train.label_names, recipe.loop.seed
-    return build_model(backbone, recipe.model, labels, seed, recipe.policies)
+    return build_model(
+        *(backbone, recipe.model, labels, seed, recipe.policies),
+        problem_type=rows.train.problem_type,
+    )
 
 
 def _stages(recipe: Recipe, model: MultiExitModel, rows: FitData) -> list[Stage]:

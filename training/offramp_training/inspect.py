@@ -38,6 +38,7 @@ def _print_facts(checkpoint: Checkpoint, console: Console) -> None:
         ("exits", "after layers " + ", ".join(map(str, model.exit_layers))),
         ("heads", f"pooling {model.pooling_form}, pooler {model.pooler}, {_gates(model)}"),
         ("labels", f"{model.num_labels}: {labels}"),
+        ("problem type", model.problem_type),
         ("objective", _objective(manifest)),
         *([("distilled from", distilled)] if distilled else []),
         ("exit policy", manifest.exit_policy),

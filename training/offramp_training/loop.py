@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from offramp_model.labels import reading
 from offramp_training.batches import Batch, EncodedRows, bucketed_order
 from offramp_training.config import LoopSection, Recipe
 from offramp_training.errors import OutputError, RecipeError
@@ -365,12 +366,13 @@ def exit_accuracies(
     """
     was_training = model.training
     model.eval()
+    read = reading(model.config.problem_type)
     right = torch.zeros(model.config.num_exits, dtype=torch.long, device=model.device)
     by_length = sorted(range(len(rows)), key=rows.lengths.__getitem__)
     first, step = processes.rank * EVALUATION_BATCH, processes.count * EVALUATION_BATCH
     for start in range(first, len(by_length), step):
         batch = rows.batch(by_length[start : start + EVALUATION_BATCH]).to(model.device)
-        predicted = model.logits(batch).argmax(dim=-1)
+        predicted = read(model.logits(batch))
         right += (predicted == batch.labels).sum(dim=1)
     model.train(was_training)
     return [count / len(rows) for count in processes.reduce(right, "sum").tolist()]

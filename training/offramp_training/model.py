@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import nn
 
-from offramp_model.config import MultiExitConfig, PolicyOptions
+from offramp_model.config import MultiExitConfig, PolicyOptions, ProblemType
 from offramp_model.encoder import check_backbone
 from offramp_model.families import FAMILIES
 from offramp_model.heads import ExitHeads
@@ -153,10 +153,11 @@ def build_model(
     labels: tuple[str, ...],
     seed: int,
     policies: PolicyOptions | None = None,
+    problem_type: ProblemType = "single_label_classification",
 ) -> MultiExitModel:
     """A backbone from a local directory with fresh exit heads, the same heads for the same seed."""
     backbone = load_backbone(directory)
-    config = _multi_exit_config(backbone.config, section, labels)
+    config = _multi_exit_config(backbone.config, section, labels, problem_type)
     config = config.model_copy(update={"policies": policies or PolicyOptions()})
     try:
         check_backbone(backbone.config.to_dict(), config)
@@ -164,6 +165,7 @@ def build_model(
         raise BackboneError(f"{directory}: cannot be served: {error}") from None
     backbone.config.id2label = dict(enumerate(labels))
     backbone.config.label2id = {label: number for number, label in enumerate(labels)}
+    backbone.config.problem_type = problem_type
     if section.freeze_embeddings:
         backbone.embeddings.requires_grad_(False)
     torch.manual_seed(seed)
@@ -217,7 +219,9 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
 
 
-def _multi_exit_config(backbone: Any, section: ModelSection, labels: Any) -> MultiExitConfig:
+def _multi_exit_config(
+    backbone: Any, section: ModelSection, labels: Any, problem_type: ProblemType
+) -> MultiExitConfig:
     layers = backbone.num_hidden_layers
     exits = section.exit_layers or tuple(range(1, layers + 1))
     if exits[-1] != layers:
@@ -242,6 +246,7 @@ def _multi_exit_config(backbone: Any, section: ModelSection, labels: Any) -> Mul
         hidden_size=backbone.hidden_size,
         exit_layers=exits,
         labels=labels,
+        problem_type=problem_type,
         pooling=section.pooling,
         attention_heads=section.attention_heads,
         pooler=section.pooler,

@@ -27,6 +27,7 @@ from offramp_model.checkpoint import (
     file_sha256,
     load_checkpoint,
 )
+from offramp_model.config import ProblemType
 from offramp_model.recorded import record_exits
 from offramp_training.config import DistillationSection, Recipe
 from offramp_training.data import Dataset
@@ -36,7 +37,11 @@ from offramp_training.processes import ALONE, Processes
 from offramp_training.progress import rows_bar
 
 
-def open_teacher(recipe: Recipe, labels: tuple[str, ...]) -> tuple[Recipe, Checkpoint | None]:
+def open_teacher(
+    recipe: Recipe,
+    labels: tuple[str, ...],
+    problem_type: ProblemType = "single_label_classification",
+) -> tuple[Recipe, Checkpoint | None]:
     """The teacher, if there is one, and the recipe with its hashes filled in: what it is, wherever
     it lies.
 
@@ -54,6 +59,11 @@ def open_teacher(recipe: Recipe, labels: tuple[str, ...]) -> tuple[Recipe, Check
             f"distillation.teacher = {section.teacher!r}: its labels are "
             f"{', '.join(teacher.model.labels)}; allowed: those of the data in their order, "
             f"{', '.join(labels)}"
+        )
+    if teacher.model.problem_type != problem_type:
+        raise RecipeError(
+            f"distillation.teacher = {section.teacher!r}: its problem_type is "
+            f"{teacher.model.problem_type}; allowed: that of the data, {problem_type}"
         )
     with _naming(section.teacher):
         teacher.stack()  # not kept: that it can be made is all that matters so early
@@ -96,7 +106,13 @@ def make_distillation(
         logits = processes.mains(logits)
     if logits is not None:
         answers = RowLogits([row.id for row in rows.rows], logits)
-    return Distillation(section.self_weight, section.teacher_weight, section.temperature, answers)
+    return Distillation(
+        section.self_weight,
+        section.teacher_weight,
+        section.temperature,
+        answers,
+        rows.problem_type,
+    )
 
 
 def last_exit(checkpoint: Checkpoint, rows: Dataset, device: torch.device) -> torch.Tensor:

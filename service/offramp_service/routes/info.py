@@ -91,6 +91,7 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         "request_timeout_ms": settings.request_timeout_ms,
         "drain_seconds": settings.drain_seconds,
         "shutdown_timeout": settings.shutdown_timeout,
+        "problem_type": model.config.problem_type,
         "num_layers": model.num_layers,
         "exit_layers": model.config.exit_layers,
         "exit_policy": model.policy.name,

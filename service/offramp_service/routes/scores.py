@@ -15,8 +15,17 @@ def scores(answer: Answer, activation: Activation | None = None) -> list[float]:
             return answer.logits
         case "sigmoid":
             return [1 / (1 + math.exp(-min(max(one, -700.0), 700.0))) for one in answer.logits]
-        case _:
+        case "softmax":
+            return _softmax(answer.logits)
+        case None:
             return answer.probs
+
+
+def _softmax(logits: Sequence[float]) -> list[float]:
+    largest = max(logits)
+    powers = [math.exp(one - largest) for one in logits]
+    total = sum(powers)
+    return [power / total for power in powers]
 
 
 def best(labels: Sequence[str], values: Sequence[float], top_k: int | None = None) -> list[Scored]:

@@ -126,6 +126,11 @@ def test_the_smallest_bucket_that_fits_is_taken_and_none_is_told(lane_stack: Any
         ({"num_attention_heads": 4}, "gelu", "heads of 16 instead of 32 or 64"),
         ({"policies": PolicyOptions(temperature=2.0)}, "gelu", "signals have a temperature"),
         ({"labels": tuple(map(str, range(257)))}, "gelu", "257 labels, more than 256"),
+        (
+            {"problem_type": "multi_label_classification", "gate_hidden": None},
+            "gelu",
+            "its exits say sets of labels",
+        ),
     ],
 )
 def test_what_the_lane_does_not_cover(

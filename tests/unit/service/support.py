@@ -21,9 +21,9 @@ from offramp_model.checkpoint import (
     update_manifest,
     write_checkpoint,
 )
-from offramp_model.config import MultiExitConfig
+from offramp_model.config import MultiExitConfig, ProblemType
 from offramp_model.heads import ExitHeads
-from offramp_model.policies import make_policy
+from offramp_model.policies import make_supported_policy
 from offramp_model.recorded import record_exits
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -50,7 +50,12 @@ def make_tokenizer() -> tokenizers.Tokenizer:
 
 
 def write_tiny_checkpoint(
-    directory: Path, *, exit_layers: tuple[int, ...] = (1, 2, 3, 4), width: int = 16
+    directory: Path,
+    *,
+    exit_layers: tuple[int, ...] = (1, 2, 3, 4),
+    width: int = 16,
+    labels: tuple[str, ...] = LABELS,
+    problem_type: ProblemType = "single_label_classification",
 ) -> Path:
     """A four-layer BERT with random weights, calibrated for confidence and entropy."""
     import transformers
@@ -59,7 +64,8 @@ def write_tiny_checkpoint(
         num_layers=LAYERS,
         hidden_size=width,
         exit_layers=exit_layers,
-        labels=LABELS,
+        labels=labels,
+        problem_type=problem_type,
         max_length=MAX_LENGTH,
     )
 
@@ -100,14 +106,17 @@ def _calibrate(directory: Path) -> None:
     checkpoint = load_checkpoint(directory)
     encodings = checkpoint.tokenizer().encode(random_texts(200, seed=3))
     recorded = record_exits(checkpoint.stack(), encodings)
-    labels = torch.randint(len(LABELS), (200,), generator=torch.Generator().manual_seed(4))
+    model = checkpoint.model
+    # Classes, or sets of them as bits.
+    answers = 2**model.num_labels if model.is_multi_label else model.num_labels
+    labels = torch.randint(answers, (200,), generator=torch.Generator().manual_seed(4))
     tables = tuple(
         CalibrationTable(
             policy=name,
             split="validation",
             rows=200,
             data_fingerprint="random",
-            points=curve(recorded, labels, make_policy(name), num_points=40),
+            points=curve(recorded, labels, make_supported_policy(name, model), num_points=40),
         )
         for name in ("confidence", "entropy")
     )

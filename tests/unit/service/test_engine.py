@@ -19,6 +19,7 @@ class ScriptedStack:
     """Two classes, four layers. A text of token `n` is sure from layer n on; 9 is broken."""
 
     num_layers, num_labels, exit_layers = 4, 2, (1, 2, 3, 4)
+    problem_type = "single_label_classification"
 
     def embed(self, batch: TokenBatch) -> PackedTokens:
         return PackedTokens(batch.input_ids[:, None].float(), batch.cu_seqlens)

@@ -20,6 +20,11 @@ OBJECTIVES: dict[str, Any] = {
 }
 
 
+MULTI_LABEL_OBJECTIVES = ("joint",)
+"""Those that are defined for sets of labels: the others' papers weigh, vote on or reward the one
+right class of a row."""
+
+
 def make_objective(options: dict[str, Any]) -> Objective:
     """What an `[objective]` table asks for; the objective checks its own options."""
     name = options.get("name", "joint")
@@ -30,4 +35,11 @@ def make_objective(options: dict[str, Any]) -> Objective:
     return made
 
 
-__all__ = ["OBJECTIVES", "Objective", "Progress", "Stage", "make_objective"]
+__all__ = [
+    "MULTI_LABEL_OBJECTIVES",
+    "OBJECTIVES",
+    "Objective",
+    "Progress",
+    "Stage",
+    "make_objective",
+]

@@ -1,5 +1,6 @@
 """What each row costs each exit: cross-entropy with its label and, where the recipe distils, the
-divergence from softer targets.
+divergence from softer targets. Where a row has a set of labels, both are of each label's own yes or
+no, and a row costs their mean.
 
 Every objective takes its training losses from here, through `Stage.row_losses`, so distillation
 composes with all of them and none knows of it. Knows nothing about how exits are weighed, nor where
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
+
+from offramp_model.config import ProblemType
+from offramp_model.labels import from_bits
 
 if TYPE_CHECKING:
     from offramp_training.batches import Batch
@@ -40,6 +44,25 @@ def divergences(logits: torch.Tensor, target: torch.Tensor, temperature: float) 
     return temperature**2 * (log_target.exp() * (log_target - log_p)).sum(dim=-1)
 
 
+def exit_binary_cross_entropies(logits: torch.Tensor, sets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every exit, mean over labels: logits [E, B, C], label sets as bits [B] ->
+    [E, B]."""
+    members = from_bits(sets, logits.shape[-1]).to(logits).expand_as(logits)
+    losses = functional.binary_cross_entropy_with_logits(logits, members, reduction="none")
+    return losses.mean(dim=-1)
+
+
+def binary_divergences(
+    logits: torch.Tensor, target: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """`divergences` of each label's own yes or no, mean over labels."""
+    z, target = logits / temperature, target.detach().to(logits) / temperature
+    log = functional.logsigmoid
+    yes = target.sigmoid() * (log(target) - log(z))
+    no = (-target).sigmoid() * (log(-target) - log(-z))
+    return temperature**2 * (yes + no).mean(dim=-1)
+
+
 class RowLogits:
     """One answer to each training row, found by the row's id."""
 
@@ -64,27 +87,32 @@ class Distillation:
     The last exit has no share s and answers to the label and the teacher alone. As a target it
     moves with training, but no gradient reaches it from there (Zhang et al. 2019, arXiv 1905.08094,
     less their loss between features; FastBERT, arXiv 2004.02178, does it to a frozen encoder,
-    without labels). The teacher's share is Hinton et al.'s (2015, arXiv 1503.02531).
+    without labels). The teacher's share is Hinton et al.'s (2015, arXiv 1503.02531). With label
+    sets CE and KL are of each label's yes or no, and their mean over labels.
     """
 
     self_weight: float = 0.0  # s
     teacher_weight: float = 0.0  # t
     temperature: float = 1.0  # T
     teacher: RowLogits | None = None  # where t > 0
+    problem_type: ProblemType = "single_label_classification"
 
     def row_losses(
         self, logits: torch.Tensor, batch: Batch, last_exit: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Every row's loss at every exit: logits [E, B, C] -> [E, B]. See `Stage.row_losses`."""
-        cross_entropies = exit_cross_entropies(logits, batch.labels)
+        has_sets = self.problem_type == "multi_label_classification"
+        cost = exit_binary_cross_entropies if has_sets else exit_cross_entropies
+        diverge = binary_divergences if has_sets else divergences
+        cross_entropies = cost(logits, batch.labels)
         share = cross_entropies.new_full((len(logits), 1), 1 - self.teacher_weight)
         share[:-1] -= self.self_weight
         losses = share * cross_entropies
         if self.self_weight > 0:
             target = logits[-1] if last_exit is None else last_exit
-            soft = divergences(logits[:-1], target, self.temperature)
+            soft = diverge(logits[:-1], target, self.temperature)
             losses = losses + self.self_weight * functional.pad(soft, (0, 0, 0, 1))
         if self.teacher is not None:
-            soft = divergences(logits, self.teacher.of(batch.ids), self.temperature)
+            soft = diverge(logits, self.teacher.of(batch.ids), self.temperature)
             losses = losses + self.teacher_weight * soft
         return losses

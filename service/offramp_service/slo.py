@@ -13,10 +13,10 @@ Three signs of danger, the first two as shares of the target:
 The p95 is the truth, and late: it shows a queue only when its texts come out of it. The forecast is
 early, and sees a raised floor at once, because newcomers bring fewer layers. The room is there for
 targets so long that requests would be refused before one is in danger. Above `THREATENED` the
-floor goes up in steps; where only the queue says so, not while fewer layers come in than the engine
-runs, because then the queue is on its way out already. Below `CALM`, for long enough,
-it goes down in smaller and slower ones. Whoever had to raise again soon after letting go waits
-twice as long the next time, so that a constant load does not make the floor flutter.
+floor goes up in steps; but where there is a queue, only while it grows: one into which fewer layers
+come than the engine runs is on its way out already, and latencies with it. Below `CALM`, for long
+enough, the floor goes down in smaller and slower steps. Whoever had to raise again soon after
+letting go waits twice as long the next time, so that a constant load does not make it flutter.
 """
 
 import math
@@ -163,11 +163,12 @@ class SloController:
         late = (self._fresh.p95_s or 0.0) / self.target_s
         self._decided_at = now
         before = self.floor
-        if max(late, queue) < CALM:
+        danger = max(late, queue)
+        if danger < CALM:
             self._stay_calm(now)
         else:
             self._calm_since = None
-        if late > THREATENED or (queue > THREATENED and grows):
+        if danger > THREATENED and (grows or queue < CALM):
             self._raise(now)
         if self.floor == before:
             return None
@@ -181,8 +182,8 @@ class SloController:
         if not per_second:
             return load.room_taken / FULL, True
         forecast_s = load.layers_ahead / per_second
-        danger = max(forecast_s / self.target_s, load.room_taken / FULL)
-        return danger, came >= SHRINKING * per_second * seconds
+        queue = max(forecast_s / self.target_s, load.room_taken / FULL)
+        return queue, came >= SHRINKING * per_second * seconds
 
     def _raise(self, now: float) -> None:
         if self._level >= self.ceiling:

@@ -180,8 +180,8 @@ def test_a_queue_that_shrinks_by_itself_raises_nothing() -> None:
     service.overload(3)
     floor = it.floor
     assert floor > 1.0
-    for _ in range(10):
-        service.tick(waits_s=1.0, comes=0.9)
+    for _ in range(10):  # though its texts come out late
+        service.tick(waits_s=1.0, comes=0.9, latency_s=0.1)
     assert it.floor == floor
     service.tick(waits_s=1.0, comes=1.1)
     assert it.floor > floor

@@ -89,6 +89,7 @@ class Front:
     controller: SloController | None
     inside: int = 0
     layers_ahead: float = 0.0
+    layers_admitted: float = 0.0
     layers_run: int = 0
     busy_s: float = 0.0
     admitted: list[tuple[float, CurvePoint]] = field(default_factory=list)
@@ -107,6 +108,7 @@ class Front:
         depth = Depth.of(point.exit_counts, 1, len(point.exit_counts))
         self.inside += 1
         self.layers_ahead += depth.mean
+        self.layers_admitted += depth.mean
         return replace(text, depth=depth, exit_layer=_exit_of(depth, text.hardness))
 
     def left(self, now: float, text: Text) -> None:
@@ -125,7 +127,8 @@ class Front:
 
     def _decide(self, now: float) -> None:
         room_taken = self.inside / self.max_texts
-        load = Load(self.layers_ahead, self.layers_run, self.busy_s, room_taken)
+        done = (self.layers_run, self.busy_s)
+        load = Load(self.layers_ahead, self.layers_admitted, *done, room_taken)
         if self.controller is not None and self.controller.decide(now, load) is not None:
             self.moves.append((now, self.controller.floor))
 

@@ -138,6 +138,7 @@ class Batcher:
         self._open: set[ClientBatch] = set()  # submitted and unanswered
         self._texts = 0  # admitted and unanswered
         self._layers_ahead = 0.0  # that the texts of `_open` are expected to run
+        self._layers_admitted = 0.0  # that all texts so far were
         self._farewell = ""  # why it was closed
         # Both sides, under the lock of `_changed`:
         self._changed = threading.Condition()
@@ -171,7 +172,7 @@ class Batcher:
             self._texts / limits.max_texts,
             self.scheduler.queue.tokens / limits.max_queued_tokens,
         )
-        return Load(self._layers_ahead, *self._done, room_taken)
+        return Load(self._layers_ahead, self._layers_admitted, *self._done, room_taken)
 
     @property
     def busy(self) -> bool:
@@ -231,6 +232,7 @@ class Batcher:
             self.scheduler.add(jobs, now)
             self._open.add(batch)
             self._layers_ahead += _layers(jobs)
+            self._layers_admitted += _layers(jobs)
             self._changed.notify()
         try:
             return await batch.future

@@ -13,9 +13,10 @@ Three signs of danger, the first two as shares of the target:
 The p95 is the truth, and late: it shows a queue only when its texts come out of it. The forecast is
 early, and sees a raised floor at once, because newcomers bring fewer layers. The room is there for
 targets so long that requests would be refused before one is in danger. Above `THREATENED` the
-floor goes up in steps, unless the work ahead is shrinking already; below `CALM`, for long enough,
-it goes down in smaller and slower ones. Whoever had to raise again soon after letting go waits
-twice as long the next time, so that a constant load does not make the floor flutter.
+floor goes up in steps; but where there is a queue, only while it grows: one into which fewer layers
+come than the engine runs is on its way out already, and latencies with it. Below `CALM`, for long
+enough, the floor goes down in smaller and slower steps. Whoever had to raise again soon after
+letting go waits twice as long the next time, so that a constant load does not make it flutter.
 """
 
 import math
@@ -42,7 +43,7 @@ LET_GO_S = 1.0
 PATIENCE_S, LONGEST_PATIENCE_S = 5.0, 40.0
 """Of calm before the first step down, and what it grows to where letting go went wrong."""
 SHRINKING = 0.97
-"""Work ahead that is below this share of what it was at the decision before is on its way out."""
+"""Of what the engine runs meanwhile: a queue into which fewer layers come is on its way out."""
 RATE_MEMORY_S = 1.0
 """Seconds of computing over which the engine's rate is known."""
 
@@ -57,6 +58,7 @@ class Load:
     """The engine and what stands before it, as a decision sees it."""
 
     layers_ahead: float = 0.0  # text-layers that the unanswered texts are expected to need in all
+    layers_admitted: float = 0.0  # expected text-layers of all texts since the start
     layers_run: int = 0  # text-layers since the start
     busy_s: float = 0.0  # that they took
     room_taken: float = 0.0  # share of what may be inside before requests are refused
@@ -117,7 +119,7 @@ class SloController:
         self._level = 1.0  # what the floor is rounded down from
         self._recent, self._fresh = LatencyWindow(), LatencyWindow()
         self._rate = _Rate()
-        self._forecast_s = 0.0
+        self._admitted = 0.0  # layers, as of the last decision
         self._decided_at = -math.inf
         self._raised_at = self._let_go_at = -math.inf
         self._calm_since: float | None = None
@@ -155,30 +157,33 @@ class SloController:
         """
         if not self.due(now):
             return None
-        self._decided_at = now
         self._recent.forget(now)
         self._fresh.forget(now)
-        threat, shrinking = self._look(load)
+        queue, grows = self._look_ahead(load, now - self._decided_at)
+        late = (self._fresh.p95_s or 0.0) / self.target_s
+        self._decided_at = now
         before = self.floor
-        if threat > THREATENED:
-            self._calm_since = None
-            if not shrinking:
-                self._raise(now)
-        elif threat < CALM:
+        danger = max(late, queue)
+        if danger < CALM:
             self._stay_calm(now)
         else:
             self._calm_since = None
+        if danger > THREATENED and (grows or queue < CALM):
+            self._raise(now)
         if self.floor == before:
             return None
         return "up" if self.floor > before else "down"
 
-    def _look(self, load: Load) -> tuple[float, bool]:
-        """The larger sign of danger, and whether the work ahead is on its way out."""
-        previous_s = self._forecast_s
+    def _look_ahead(self, load: Load, seconds: float) -> tuple[float, bool]:
+        """What the queue says of danger, and whether it has been growing for so many seconds."""
         per_second = self._rate.after(load)
-        self._forecast_s = load.layers_ahead / per_second if per_second else 0.0
-        late = max(self._forecast_s, self._fresh.p95_s or 0.0) / self.target_s
-        return max(late, load.room_taken / FULL), self._forecast_s < SHRINKING * previous_s
+        came = load.layers_admitted - self._admitted
+        self._admitted = load.layers_admitted
+        if not per_second:
+            return load.room_taken / FULL, True
+        forecast_s = load.layers_ahead / per_second
+        queue = max(forecast_s / self.target_s, load.room_taken / FULL)
+        return queue, came >= SHRINKING * per_second * seconds
 
     def _raise(self, now: float) -> None:
         if self._level >= self.ceiling:

@@ -113,7 +113,9 @@ class ControlDesk:
                 )
             return self._at_speedup(asked.speedup, "speedup")
         if asked.max_accuracy_drop is not None:
-            return self._at_speedup(self._within_drop(asked.max_accuracy_drop), "speedup")
+            # Whoever names an accuracy keeps it, whatever the load.
+            speedup = self._within_drop(asked.max_accuracy_drop)
+            return self._at_speedup(speedup, "speedup", floor=1.0)
         if (text := headers.get(THRESHOLD_HEADER)) is not None:
             return self._at_threshold(_number(text, THRESHOLD_HEADER), THRESHOLD_HEADER)
         if (text := headers.get(SPEEDUP_HEADER)) is not None:
@@ -145,7 +147,8 @@ class ControlDesk:
             )
         return max(fits)
 
-    def _at_speedup(self, speedup: float, param: str) -> _Aim:
+    def _at_speedup(self, speedup: float, param: str, *, floor: float | None = None) -> _Aim:
+        """`floor` is that of the load unless given."""
         model = self._model
         if not model.min_speedup <= speedup <= model.max_speedup:  # false for NaN as well
             raise InvalidInput(
@@ -153,7 +156,7 @@ class ControlDesk:
                 f"{_rounded_down(model.max_speedup)} (calibrated for policy {model.policy.name})",
                 param=param,
             )
-        effective = max(speedup, self._floor())
+        effective = max(speedup, self._floor() if floor is None else floor)
         if effective == 1.0 or model.table is None:
             return _Aim(self._never, self._to_the_end, speedup, effective)
         # Who was raised is not corrected: the floor keeps to an accuracy.

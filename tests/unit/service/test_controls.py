@@ -246,3 +246,33 @@ def test_the_operators_bounds(directory: Path) -> None:
     assert (model.min_speedup, model.max_speedup, model.default_speedup) == (1.5, 2.5, 1.5)
     capped = load_model(Settings(model_id=directory, max_speedup=50.0))
     assert capped.max_speedup == 4.0
+
+
+def test_a_drop_names_the_fastest_that_keeps_it(model: ServedModel) -> None:
+    assert model.table is not None
+    points, desk = model.table.points, ControlDesk(model, 30_000, lambda: model.max_speedup)
+    full = points[0].accuracy
+    before = 0.0
+    for drop in (0.0, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0):
+        given = desk.resolve(Asked(max_accuracy_drop=drop), {})
+        assert given.speedup == max(
+            point.speedup for point in points if full - point.accuracy <= drop + 1e-9
+        )
+        assert given.speedup >= before
+        assert given.effective_speedup == given.speedup  # load raises nobody who names an accuracy
+        before = given.speedup
+    assert desk.resolve(Asked(threshold=0.9, max_accuracy_drop=0.1), {}).threshold == 0.9
+
+
+def test_a_drop_below_the_operators_least_is_refused(directory: Path) -> None:
+    desk = ControlDesk(load_model(Settings(model_id=directory, min_speedup=3.5)), 30_000)
+    with pytest.raises(InvalidInput, match=r"allows no speed-up from 3\.5 on"):
+        desk.resolve(Asked(max_accuracy_drop=0.0), {})
+
+
+@pytest.mark.parametrize("priority", [-101, 101, 10**30])
+def test_priorities_have_a_range(desk: ControlDesk, priority: int) -> None:
+    assert desk.resolve(Asked(priority=-100), {}).priority == -100
+    with pytest.raises(InvalidInput, match="allowed is -100 to 100") as error:
+        desk.resolve(Asked(priority=priority), {})
+    assert error.value.param == "priority"

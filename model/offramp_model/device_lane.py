@@ -224,7 +224,9 @@ class _Pass:
         torch.cuda.current_stream().wait_stream(warm_up)
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(self._graph, pool=pool):
+        # Other threads may compute on the device meanwhile; only what this one does is recorded.
+        recording = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
+        with torch.inference_mode(), recording:
             self._launch()
         return self._graph.pool()
 

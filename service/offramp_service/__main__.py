@@ -174,6 +174,7 @@ def _prepare_process(settings: Settings) -> None:
     keep_freed_memory()
     # PID 1 of a container ignores SIGTERM unless it is handled, and loading takes a moment.
     signal.signal(signal.SIGTERM, _exit_at_once)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to load anew
     # A third of all series, and of no use to anybody here.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     configure_logging(settings)

@@ -115,7 +115,7 @@ class ControlDesk:
         if asked.max_accuracy_drop is not None:
             # Whoever names an accuracy keeps it, whatever the load.
             speedup = self._within_drop(asked.max_accuracy_drop)
-            return self._at_speedup(speedup, "speedup", floor=1.0)
+            return self._at_speedup(speedup, "speedup", exactly=True)
         if (text := headers.get(THRESHOLD_HEADER)) is not None:
             return self._at_threshold(_number(text, THRESHOLD_HEADER), THRESHOLD_HEADER)
         if (text := headers.get(SPEEDUP_HEADER)) is not None:
@@ -147,8 +147,8 @@ class ControlDesk:
             )
         return max(fits)
 
-    def _at_speedup(self, speedup: float, param: str, *, floor: float | None = None) -> _Aim:
-        """`floor` is that of the load unless given."""
+    def _at_speedup(self, speedup: float, param: str, *, exactly: bool = False) -> _Aim:
+        """`exactly`: neither raised under load nor corrected."""
         model = self._model
         if not model.min_speedup <= speedup <= model.max_speedup:  # false for NaN as well
             raise InvalidInput(
@@ -156,11 +156,12 @@ class ControlDesk:
                 f"{_rounded_down(model.max_speedup)} (calibrated for policy {model.policy.name})",
                 param=param,
             )
-        effective = max(speedup, self._floor() if floor is None else floor)
+        effective = speedup if exactly else max(speedup, self._floor())
         if effective == 1.0 or model.table is None:
             return _Aim(self._never, self._to_the_end, speedup, effective)
         # Who was raised is not corrected: the floor keeps to an accuracy.
-        looked_up = self._corrected(speedup) if effective == speedup else effective
+        keeps = exactly or effective != speedup
+        looked_up = effective if keeps else self._corrected(speedup)
         point = model.table.point_for(looked_up)
         return _Aim(point.threshold, point.exit_counts, speedup, effective)
 

@@ -7,6 +7,7 @@ It knows nothing about queues, futures, clients or time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -68,18 +69,26 @@ class Engine:
         *,
         repeats: int = 3,
         budget_s: float = MEASURING_S,
+        turn: AbstractContextManager[None] | None = None,
     ) -> StepTable:
         """What a layer costs by the tokens of a batch: whole passes without early exits, with their
-        embedding and heads, over their depth. Takes about `budget_s` seconds. Call it when warm, in
-        the engine's thread."""
+        embedding and heads, over their depth. Takes about `budget_s` seconds; each pass has the
+        device to itself, in a `turn` where others compute as well. Call it when warm, in the
+        engine's thread."""
         time_layer = layer_timer(
             *(self._loop, self._stack.num_layers),
             longest=max_length,
             most_rows=MAX_ROWS,
             device=self._device,
         )
+        alone = turn or nullcontext()
+
+        def time_alone(tokens: int) -> float:
+            with alone:
+                return time_layer(tokens)
+
         return StepTable.measured(
-            time_layer, most_tokens=most_tokens, repeats=repeats, budget_s=budget_s
+            time_alone, most_tokens=most_tokens, repeats=repeats, budget_s=budget_s
         )
 
     def _loop(self, batch: TokenBatch, asked: RowSettings) -> Iterator[Leavers]:

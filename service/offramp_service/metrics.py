@@ -81,6 +81,7 @@ class Families:
         self, registry: CollectorRegistry, most_layers: int, routes: Sequence[str]
     ) -> None:
         self.registry, self.most_layers, self.routes = registry, most_layers, routes
+        self.outcomes: dict[tuple[str, str], Outcomes] = {}
         self._made: dict[str, Counter | Gauge | Histogram] = {}
 
     def get(
@@ -103,7 +104,7 @@ class Metrics:
     ) -> None:
         self._families, self.registry = families, families.registry
         self._num_layers = num_layers
-        self._outcomes = Outcomes()
+        self._outcomes = families.outcomes.setdefault((model_name, model_version), Outcomes())
         self._model = {"model_name": model_name, "model_version": model_version}
         self._make_request_metrics(families.routes)
         self._make_exit_metrics()

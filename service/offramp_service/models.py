@@ -9,8 +9,12 @@ It knows settings, rooms and the life cycle, and nothing about HTTP.
 """
 
 import asyncio
+import gc
 import logging
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
@@ -27,6 +31,8 @@ from offramp_service.settings import Settings
 from offramp_service.turns import Device
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # How often an old room is asked whether it is empty.
 _LOOK_S = 0.02
@@ -55,6 +61,7 @@ class Models:
     ) -> None:
         self.settings, self.lifecycle = settings, Lifecycle()
         self._computes = computes
+        self._leaving: dict[Room, asyncio.Task[None]] = {}  # old rooms that are being emptied
         self._devices: dict[str, Device] = {}
         self._loading = asyncio.Lock()
         own = {name: settings.of_model(name) for name in settings.model_names}
@@ -114,10 +121,18 @@ class Models:
     def ready(self) -> bool:
         return self.lifecycle.ready and all(room.ready for room in self._rooms.values())
 
+    def ready_for(self, pipeline: Pipeline) -> bool:
+        """Can that model answer now?"""
+        room = self._rooms[pipeline.model.name]
+        return self.lifecycle.ready and room.ready
+
     @property
     def busy(self) -> bool:
         """A batch is being computed."""
-        return any(room.batcher.busy for room in self._rooms.values())
+        return any(room.batcher.busy for room in self._all())
+
+    def _all(self) -> list[Room]:
+        return [*self._rooms.values(), *self._leaving]
 
     def look(self) -> None:
         """Whoever asks for figures wants them of now."""
@@ -134,12 +149,15 @@ class Models:
 
     def let_go(self) -> None:
         """Whoever still waits is told that the server ends."""
-        for room in self._rooms.values():
+        for room in self._all():
             room.batcher.close()
 
     async def close(self) -> None:
         self.lifecycle.phase = "closed"
-        for room in self._rooms.values():
+        rooms = self._all()
+        for task in self._leaving.values():
+            task.cancel()
+        for room in rooms:
             await room.close()
 
     # -- exchanging a model ------------------------------------------------------------------
@@ -160,31 +178,66 @@ class Models:
         Comes back when it is served; the old room is emptied behind it.
 
         Raises:
-            InvalidInput: no such model.
+            InvalidInput: no such model; or it cannot be served, and the old one still is.
             NotReady: the server is starting or ending.
-            CheckpointError, SettingsError, Exception: it cannot be served; the old one still is.
         """
         self.of(name)
         async with self._loading:
-            if not self.lifecycle.ready:
-                raise NotReady("the server is starting or shutting down")
-            settings = self.settings.of_model(name)
-            self._stamps[name] = _stamp(settings)
-            model = await asyncio.to_thread(load_model, settings)
-            old = self._rooms[name]
-            self._check_depth(model)
-            room = self._room(settings, model)
+            self._check_ready()
+            if self._leaving:  # so that there are never more than two checkpoints of a model
+                await asyncio.wait(self._leaving.values())
             try:
-                await room.warm()
-                await rehearse(room.pipeline)
-            except BaseException:
+                room = await self._open_anew(name)
+            except Exception as error:
+                log.exception("%s was not loaded anew, the old one is still served", name)
+                raise InvalidInput(
+                    f"not loaded, the old one is still served: {error}", param="model"
+                ) from error
+            if not self.lifecycle.ready:  # any more
                 await room.close()
-                raise
-            room.show()
-            self._rooms[name] = room
-            log.info("%s: %s is served from now on, after %s", name, model.sha, old.model.sha)
-            self._emptying = asyncio.create_task(_empty(old))
-            return model
+                self._check_ready()
+            old, self._rooms[name] = self._rooms[name], room
+            room.show(old)
+            log.info("%s: %s is served from now on, after %s", name, room.model.sha, old.model.sha)
+            self._leaving[old] = asyncio.create_task(self._empty(old))
+            return room.model
+
+    async def _open_anew(self, name: str) -> Room:
+        """A room with the checkpoint that is there now: verified, warm, and it has answered."""
+        settings = self.settings.of_model(name)
+        self._stamps[name] = _stamp(settings)
+        model = await in_daemon_thread(lambda: load_model(settings))
+        self._check_depth(model)
+        room = self._room(settings, model)
+        try:
+            await room.warm()
+            await rehearse(room.pipeline)
+        except BaseException:
+            await room.close()
+            raise
+        return room
+
+    def _check_ready(self) -> None:
+        if not self.lifecycle.ready:
+            raise NotReady("the server is starting or shutting down")
+
+    def _died(self, room: Room) -> None:
+        """An engine can answer no more. The server ends, unless nobody is led to it."""
+        if self._rooms.get(room.model.name) is room:
+            self.lifecycle.died.set()
+
+    async def _empty(self, room: Room) -> None:
+        """Close a room when nobody is inside any more."""
+        try:
+            while room.batcher.unanswered:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(_LOOK_S)
+            await room.close("another checkpoint is served")
+            log.info("%s: %s is closed", room.model.name, room.model.sha)
+        finally:
+            del self._leaving[room]
+        del room
+        # Rooms are cycles, and weights do not count for the collector: it would come late.
+        await asyncio.to_thread(gc.collect)
 
     def _check_depth(self, model: ServedModel) -> None:
         if model.num_layers > self.families.most_layers:
@@ -197,6 +250,7 @@ class Models:
         device = self._devices.setdefault(model.device, Device())
         return Room(
             *(settings, model, self.families, self.lifecycle, device.turn()),
+            died=self._died,
             computes=self._computes,
         )
 
@@ -210,9 +264,28 @@ def _stamp(settings: Settings) -> tuple[int, int, int] | None:
     return status.st_mtime_ns, status.st_ino, status.st_size
 
 
-async def _empty(room: Room) -> None:
-    """Close a room when nobody is inside any more."""
-    while room.batcher.unanswered:  # noqa: ASYNC110 - nobody tells
-        await asyncio.sleep(_LOOK_S)
-    await room.close("another checkpoint is served")
-    log.info("%s: %s is closed", room.model.name, room.model.sha)
+async def in_daemon_thread(work: Callable[[], T]) -> T:
+    """The result of something slow. Unlike the event loop's own threads, this one does not keep the
+    process alive when nobody wants the result any more."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: T | None, error: BaseException | None) -> None:
+        if result.cancelled():
+            return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(value)  # type: ignore[arg-type]
+
+    def run() -> None:
+        value, failure = None, None
+        try:
+            value = work()
+        except BaseException as error:
+            failure = error
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, value, failure)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await result

@@ -83,13 +83,11 @@ class Pipeline:
         """Special tokens that tokenising puts around a text or a pair."""
         return self._specials[pair]
 
-    @contextmanager
-    def admit(self, count: int, param: str, request_id: str) -> Iterator[ClientBatch]:
-        """Room for the texts of one request, until the block is left.
+    def check_count(self, count: int, param: str) -> None:
+        """May one request carry so many texts?
 
         Raises:
-            InvalidInput: a request may not carry so many texts, or none.
-            ServiceError: see `Batcher.admit`.
+            InvalidInput: it may not, or there are none.
         """
         most = self.settings.max_client_batch_size
         if count == 0:
@@ -98,6 +96,16 @@ class Pipeline:
             raise InvalidInput(
                 f"{param} has {count} texts, at most {most} are allowed", param=param, status=413
             )
+
+    @contextmanager
+    def admit(self, count: int, param: str, request_id: str) -> Iterator[ClientBatch]:
+        """Room for the texts of one request, until the block is left.
+
+        Raises:
+            InvalidInput: a request may not carry so many texts, or none.
+            ServiceError: see `Batcher.admit`.
+        """
+        self.check_count(count, param)
         with self.batcher.admit(count, request_id) as batch:
             answered = False
             try:

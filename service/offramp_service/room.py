@@ -8,6 +8,7 @@ nor about other rooms.
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from offramp_model.cost import StepTable
 from offramp_service.batcher import Batcher, Limits
@@ -36,8 +37,9 @@ _JOIN_S = 1.0
 
 
 class Room:
-    """One model and all that answers for it. `computes` answers batches in place of the model's
-    engine, so that all the rest can be measured."""
+    """One model and all that answers for it. `died` is called on the event loop when its engine can
+    answer no more. `computes` answers batches in place of the engine, so that all the rest can be
+    measured."""
 
     def __init__(
         self,
@@ -47,9 +49,11 @@ class Room:
         lifecycle: Lifecycle,
         turn: Turn,
         *,
+        died: Callable[["Room"], None],
         computes: Computes | None = None,
     ) -> None:
         self._settings, self.model, self._lifecycle = settings, model, lifecycle
+        self._turn, self._tell_of_death = turn, died
         self._engine = self._make_engine()
         self._metrics = Metrics(
             families,
@@ -93,9 +97,13 @@ class Room:
         """
         await self._thread.warm()
 
-    def show(self) -> None:
-        """From now on the metrics' gauges are of this room."""
+    def show(self, before: "Room | None" = None) -> None:
+        """From now on the metrics' gauges are of this room, which takes over what the one before
+        had found out about the traffic."""
+        if before is not None and before._correction is not None and self._correction is not None:
+            self._correction.factor = before._correction.factor
         self.batcher.show()
+        self.pipeline.slo.show(before.pipeline.slo if before is not None else None)
         self._metrics.watch_service(
             ready=lambda: self._lifecycle.ready and self.ready,
             inflight=lambda: self._lifecycle.inflight,
@@ -139,7 +147,9 @@ class Room:
         engine, settings, model = self._engine, self._settings, self.model
         costs = _warm(engine, settings, model)
         if costs is None and settings.warmup:
-            costs = engine.measure(settings.max_batch_tokens, model.max_input_length)
+            costs = engine.measure(
+                settings.max_batch_tokens, model.max_input_length, turn=self._turn
+            )
         if costs is not None:
             # A batch in the device lane runs to its end as one graph.
             self.batcher.scheduler.learn(costs, can_join=not engine.has_lane)
@@ -153,7 +163,7 @@ class Room:
 
     def _died(self) -> None:
         self.batcher.close("the engine has stopped")
-        self._lifecycle.died.set()
+        self._tell_of_death(self)
 
 
 def _plan(settings: Settings, model: ServedModel) -> Plan:

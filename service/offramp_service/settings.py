@@ -360,6 +360,8 @@ class Settings(BaseSettings):
     def _check_models(self) -> None:
         if self.model_id is None and not self.model:
             raise ValueError("model_id or model is needed: a checkpoint directory")
+        if self.served_model_name is not None and self.model_id is None:
+            raise ValueError("served_model_name is the name of model_id, which is not given")
         names = [self.model_name] if self.model_id is not None else []
         for one in self.model:
             name, found, directory = one.partition("=")

@@ -2,7 +2,8 @@
 
 Whoever left early got the answer of its exit; what the last exit would have said is known only by
 asking it. Which texts are asked again is decided here, and what their second run has to say. When
-it runs is the scheduler's to say, and never before a client's text.
+it runs is the scheduler's to say, and never before a client's text for the same model; other
+models take turns with it.
 
 It knows neither metrics nor threads, and runs nothing.
 """
@@ -32,7 +33,8 @@ class Sample:
         return self.watch.closed
 
     def agrees(self, answer: Answer) -> bool:
-        """Would its client have been told the same at full depth?"""
+        """Would its client have been told the same label at full depth? Of sets of labels, the most
+        probable one, which is what doors name."""
         return answer.label == self.label
 
 

@@ -126,6 +126,10 @@ class SloController:
         self._let_go_due = math.inf
         self._patience_s = PATIENCE_S
 
+    def go_on_from(self, other: "SloController") -> None:
+        """Take over the floor of another checkpoint's controller, as far as this one may go."""
+        self._level = min(other._level, self.ceiling)
+
     @property
     def ceiling(self) -> float:
         return self._speedups[-1]

@@ -35,11 +35,19 @@ class SloWatch:
         self._load, self._clock = load, clock
         self._mode = settings.slo_mode
         self._controller: SloController | None = None
-        if settings.slo_p95_ms is not None:
-            target_s = settings.slo_p95_ms / 1000
-            metrics.slo_set(target_s)
-            if self._mode != "off":
-                self._controller = SloController(target_s, model.floors)
+        self._shown = False  # are the metrics of this model?
+        if settings.slo_p95_ms is not None and self._mode != "off":
+            self._controller = SloController(settings.slo_p95_ms / 1000, model.floors)
+
+    def show(self, before: "SloWatch | None" = None) -> None:
+        """From now on the metrics tell of this one; it goes on from where the one before was."""
+        if before is not None:
+            before._shown = False
+            if self._controller is not None and before._controller is not None:
+                self._controller.go_on_from(before._controller)
+        self._shown = True
+        if self._settings.slo_p95_ms is not None:
+            self._metrics.slo_set(self._settings.slo_p95_ms / 1000)
         self._tell()
 
     def floor(self) -> float:
@@ -91,6 +99,8 @@ class SloWatch:
         return self._controller.floor
 
     def _tell(self) -> None:
+        if not self._shown:
+            return
         controller = self._controller
         p95_s = controller.p95_s if controller is not None else None
         self._metrics.slo_seen(

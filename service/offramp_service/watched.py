@@ -4,13 +4,11 @@ What cannot be loaded is not tried again until it changes.
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+from offramp_service.errors import ServiceError
 from offramp_service.models import Models
-
-log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
@@ -44,7 +42,5 @@ async def _watch(models: Models, every_s: float) -> None:
 
 
 async def _load(models: Models, name: str) -> None:
-    try:
+    with suppress(ServiceError):  # it is in the log
         await models.load(name)
-    except Exception:
-        log.exception("%s was not loaded anew, the old one is still served", name)

@@ -351,6 +351,23 @@ async def test_bytes_after_the_json(client: httpx.AsyncClient) -> None:
         ({"inputs": [text_input("a")], "parameters": {"speedup": 0.5}}, 422, "speedup is 0.5"),
         ({"inputs": [text_input("a")], "parameters": {"timeout": -1}}, 422, "timeout is -1"),
         (
+            {"inputs": [text_input("a")], "parameters": {"timeout": 10**400}},
+            422,
+            "deadline_ms is 1000",
+        ),
+        ({"inputs": [text_input("a")], "parameters": {"timeout": 10**18}}, 422, "deadline_ms is"),
+        ({"inputs": [text_input("a")], "outputs": [{"name": "label"}] * 2}, 422, "asked for twice"),
+        ({"inputs": [text_input(*["a"] * 33)]}, 413, "text has 33 texts"),
+        (
+            {
+                "inputs": [
+                    {"name": "input_ids", "datatype": "INT64", "shape": [10**9, 0], "data": []}
+                ]
+            },
+            422,
+            "rows of nothing",
+        ),
+        (
             {
                 "inputs": [
                     text_input("a"),
@@ -369,6 +386,39 @@ async def test_errors_in_v2s_words(
     assert response.status_code == status, response.text
     assert response.json().keys() == {"error"}
     assert message in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/predict", b'{"inputs": [["a"], ["b"], [5]], "inputs": [["a"]]}'),
+        ("/predict", b'{"inputs": "a", "parameters": {"speedup": "x"}, "parameters": {}}'),
+        ("/classify", b'{"input": ["a", 1.5], "input": []}'),
+        (INFER, b'{"inputs": [{"name": 1}], "inputs": []}'),
+    ],
+)
+async def test_a_field_that_is_there_twice(
+    client: httpx.AsyncClient, path: str, body: bytes
+) -> None:
+    assert (await client.post(path, content=body)).status_code in (400, 422)
+
+
+async def test_a_length_that_no_body_has(client: httpx.AsyncClient) -> None:
+    headers = {"Inference-Header-Content-Length": "1" * 5000}
+    response = await client.post(INFER, content=b"{}", headers=headers)
+    assert response.status_code == 400
+
+
+async def test_v1_has_the_controls_too(client: httpx.AsyncClient) -> None:
+    path = "/v1/models/tiny:predict"
+    text = "w1 " * 40
+    for truncate, status in ((True, 200), (False, 422), ("yes", 422)):
+        body = {"instances": [text], "parameters": {"truncate": truncate}}
+        assert (await client.post(path, json=body)).status_code == status
+    body = {"instances": [{"text": "w1", "text_pair": "w2"}], "parameters": {"top_k": 2}}
+    (found,) = (await client.post(path, json=body)).json()["predictions"]
+    assert found["top"][0]["label"] == found["label"]
+    assert len(found["top"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,11 @@
 answer, and the old one stays where the new one is no good."""
 
 import asyncio
+import gc
+import hashlib
+import json
 import shutil
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,10 +15,14 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from asgi_lifespan import LifespanManager
+from safetensors.torch import load_file, save_file
 
 from loading import load
+from offramp_service import models
 from offramp_service.app import create_app
+from offramp_service.room import Room
 from offramp_service.settings import Settings
 
 _service = load("tests/integration/test_service.py")
@@ -163,12 +171,23 @@ async def test_an_exchange_under_load(copied: Path, directory: Path, other: Path
         ) == sample(after, "samples_total")
 
 
+def poison(directory: Path) -> None:
+    """A checkpoint that is sound on disk, and whose scores are not numbers."""
+    path = directory / "exits.safetensors"
+    tensors = load_file(path)
+    save_file({name: torch.full_like(one, torch.nan) for name, one in tensors.items()}, path)
+    manifest = json.loads((directory / "offramp.json").read_text())
+    manifest["sha256"]["exits.safetensors"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (directory / "offramp.json").write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize("fault", ["broken", "nan", "gone"])
 async def test_what_is_no_good_is_not_served(
-    copied: Path, other: Path, fault: str, caplog: Any, monkeypatch: pytest.MonkeyPatch
+    copied: Path, other: Path, fault: str, caplog: Any
 ) -> None:
     async with serving(model_id=copied, load_over_http=True) as client:
         before, sha = await answers(client), (await info(client))["model_sha"]
+        figures = await series(client)
         if fault == "gone":
             shutil.rmtree(copied)
         else:
@@ -177,17 +196,18 @@ async def test_what_is_no_good_is_not_served(
             weights = copied / "model.safetensors"
             weights.write_bytes(weights.read_bytes()[:-7])
         if fault == "nan":
-
-            def nothing(*_: Any) -> Any:
-                raise ArithmeticError("the model's scores are not finite numbers")
-
-            monkeypatch.setattr("offramp_service.engine.Engine.warm_up", nothing)
+            poison(copied)
         response = await load_anew(client)
         assert response.status_code == 422
         assert "the old one is still served" in response.json()["error"]
+        assert (fault == "nan") == ("not finite" in response.json()["error"])
+        assert "copied was not loaded anew" in caplog.text
         assert (await info(client))["model_sha"] == sha
         assert await answers(client) == before
         assert (await client.get("/readyz")).status_code == 200
+        for gauge in ("expected_accuracy", "speedup_floor", "default_speedup", "model_info"):
+            assert sample(await series(client), gauge) == sample(figures, gauge), gauge
+        assert len(engines()) == 1
 
 
 async def test_nobody_loads_over_http_unasked(copied: Path) -> None:
@@ -207,17 +227,116 @@ async def test_a_directory_that_is_watched(copied: Path, other: Path) -> None:
         assert [item["label"] for item in await answers(client)]
 
 
-async def test_exchanges_leave_no_threads(copied: Path, directory: Path, other: Path) -> None:
-    import threading
+def engines() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name == "engine"]
 
+
+def rooms() -> int:
+    return sum(type(one) is Room for one in gc.get_objects())
+
+
+async def test_exchanges_leave_nothing_behind(copied: Path, directory: Path, other: Path) -> None:
     async with serving(model_id=copied, load_over_http=True) as client:
         await answers(client)
+        threads = threading.active_count()
+        held = rooms()
         for by in (other, directory, other):
             replace(copied, by)
             assert (await load_anew(client)).status_code == 200
             await answers(client)
-        engines = [one for one in threading.enumerate() if one.name == "engine"]
-        await until(
-            lambda: len([one for one in threading.enumerate() if one.name == "engine"]) == 1
-        )
-        assert engines
+        await until(lambda: rooms() <= held)
+        assert len(engines()) == 1
+        assert threading.active_count() <= threads + 1  # of the loop's own, which come and stay
+
+
+async def test_a_body_that_comes_during_an_exchange(copied: Path, other: Path) -> None:
+    """Its model is that of the moment when it is complete, on every door."""
+    async with serving(model_id=copied, load_over_http=True) as client:
+        bodies: dict[str, dict[str, Any]] = {
+            "/predict": {"inputs": "w1 w2"},
+            "/classify": {"input": "w1 w2"},
+            "/v1/models/copied:predict": {"instances": ["w1 w2"]},
+            "/v2/models/copied/infer": {
+                "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["w1 w2"]}]
+            },
+        }
+        halfway, exchanged = asyncio.Event(), asyncio.Event()
+
+        async def trickle(body: bytes) -> AsyncIterator[bytes]:
+            yield body[:10]
+            halfway.set()
+            await exchanged.wait()
+            yield body[10:]
+
+        asked = [
+            asyncio.create_task(client.post(path, content=trickle(json.dumps(body).encode())))
+            for path, body in bodies.items()
+        ]
+        await halfway.wait()
+        replace(copied, other)
+        assert (await load_anew(client)).status_code == 200
+        await until(lambda: len(engines()) == 1)  # the old room is closed
+        exchanged.set()
+        for response in await asyncio.gather(*asked):
+            assert response.status_code == 200, response.text
+
+
+async def test_figures_go_on_over_an_exchange(copied: Path, other: Path) -> None:
+    async with serving(model_id=copied, load_over_http=True) as client:
+        await answers(client)
+        replace(copied, other)
+        assert (await load_anew(client)).status_code == 200
+        await answers(client)
+        (stats,) = (await client.get("/v2/models/stats")).json()["model_stats"]
+        assert stats["inference_stats"]["success"]["count"] == 2
+        assert stats["inference_count"] >= 48
+
+
+async def test_two_exchanges_at_once(copied: Path, other: Path) -> None:
+    async with serving(model_id=copied, load_over_http=True) as client:
+        replace(copied, other)
+        loads = await asyncio.gather(*(load_anew(client) for _ in range(3)))
+        assert [one.status_code for one in loads] == [200] * 3
+        await answers(client)
+        await until(lambda: len(engines()) == 1)
+
+
+async def test_the_server_ends_while_a_checkpoint_is_opened(
+    copied: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening, may_open = threading.Event(), threading.Event()
+    real = models.load_model
+
+    def slowly(settings: Settings) -> Any:
+        opening.set()
+        assert may_open.wait(20)
+        return real(settings)
+
+    async with serving(model_id=copied, load_over_http=True) as client:
+        monkeypatch.setattr(models, "load_model", slowly)
+        replace(copied, other)
+        loading = asyncio.create_task(load_anew(client))
+        await asyncio.to_thread(opening.wait, 20)
+        client.app.state.models.lifecycle.phase = "draining"  # type: ignore[attr-defined]
+        may_open.set()
+        assert (await loading).status_code == 503
+        assert len(engines()) == 1
+
+
+async def test_a_newcomer_that_dies_takes_nobody_along(
+    copied: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(model_id=copied, load_over_http=True) as client:
+        before = await answers(client)
+        replace(copied, other)
+
+        def crash(*_: Any) -> Any:
+            raise SystemExit("out of luck")
+
+        with monkeypatch.context() as broken:
+            # The old room is at rest meanwhile.
+            broken.setattr("offramp_service.batcher.Batcher._hand_out", crash)
+            assert (await load_anew(client)).status_code == 422
+        assert await answers(client) == before
+        assert not client.app.state.models.lifecycle.died.is_set()  # type: ignore[attr-defined]
+        assert (await client.get("/livez")).status_code == 200

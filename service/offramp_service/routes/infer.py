@@ -5,7 +5,6 @@ Texts or token ids come as tensors, in JSON or in bytes after it; each text may 
 its own. Parameters that are not ours are ignored and named in the header x-ignored-fields.
 """
 
-import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from offramp_model.tokenizer import Text
 from offramp_service.errors import EmptyInput, InvalidInput
 from offramp_service.jobs import Controls
 from offramp_service.models import Models
-from offramp_service.pipeline import Cut, Place
+from offramp_service.pipeline import Cut, Pipeline, Place
 from offramp_service.routes.door import (
     Call,
     Handler,
@@ -32,7 +31,7 @@ from offramp_service.routes.door import (
     classify,
     door,
 )
-from offramp_service.routes.scores import check_top_k
+from offramp_service.routes.scores import best, check_top_k
 from offramp_service.routes.tensors import TensorReader, TensorWriter
 from offramp_service.schemas import openapi
 from offramp_service.schemas.reading import encode_json
@@ -138,7 +137,8 @@ class _Infer:
         ignored += [f"parameters.{name}" for name in parameters if name not in _KNOWN]
         general = _general(parameters)
         wanted = _wanted(asked.outputs, parameters, general)
-        place, count, encode = self._texts(tensors, source, self._cut(parameters))
+        place, count, encode = self._texts(tensors, source, _cut(self._pipeline, parameters))
+        self._pipeline.check_count(count, place.field)  # before there is work for each
         controls = self._controls(general, tensors, count, request.headers)
         asked.inputs = []
         del tensors  # what is needed of them is in `encode`, which lets go of it
@@ -155,8 +155,8 @@ class _Infer:
         if source != "input_ids":
             texts = _pairs(tensors, source)
             return place, len(texts), partial(self._tokenise, texts, place, cut)
-        ids = _token_ids(tensors)
-        return place, len(ids), partial(self._take_ids, ids, place, cut)
+        ids, mask = _token_ids(tensors)
+        return place, len(ids), partial(self._take_ids, ids, mask, place, cut)
 
     async def _tokenise(
         self, texts: list[Text], place: Place, cut: Cut | None
@@ -166,21 +166,19 @@ class _Infer:
         return encodings
 
     async def _take_ids(
-        self, rows: list[NDArray[np.int64]], place: Place, cut: Cut | None
+        self,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.generic] | None,
+        place: Place,
+        cut: Cut | None,
     ) -> Sequence[Encoding]:
+        rows = (
+            ids if mask is None else (row[real != 0] for row, real in zip(ids, mask, strict=True))
+        )
         limit = self._pipeline.model.max_input_length + 1  # one more shows that it is too long
-        ids = [(row if cut and cut.side == "left" else row[:limit]).tolist() for row in rows]
-        rows.clear()
-        return self._pipeline.check_ids(ids, place, cut=cut)
-
-    def _cut(self, parameters: Parameters) -> Cut | None:
-        truncate = parameters.get("truncate", self._pipeline.settings.auto_truncate)
-        if not isinstance(truncate, bool):
-            raise InvalidInput(
-                f"parameters.truncate is {truncate!s:.40}, allowed is true or false",
-                param="parameters.truncate",
-            )
-        return Cut() if truncate else None
+        whole = cut is not None and cut.side == "left"
+        texts = [(row if whole else row[:limit]).tolist() for row in rows]
+        return self._pipeline.check_ids(texts, place, cut=cut)
 
     def _controls(
         self, general: Asked, tensors: TensorReader, count: int, headers: Mapping[str, str]
@@ -237,6 +235,16 @@ class _Output:
     classes: int | None = None
 
 
+def _cut(pipeline: Pipeline, parameters: Parameters) -> Cut | None:
+    truncate = parameters.get("truncate", pipeline.settings.auto_truncate)
+    if not isinstance(truncate, bool):
+        raise InvalidInput(
+            f"parameters.truncate is {truncate!s:.40}, allowed is true or false",
+            param="parameters.truncate",
+        )
+    return Cut() if truncate else None
+
+
 def _path(request: Request) -> tuple[str | None, str | None]:
     return request.path_params.get("model"), request.path_params.get("version")
 
@@ -249,7 +257,7 @@ def _read(request: Request, body: bytes) -> tuple[InferRequest, list[str], Tenso
     """
     length, tail = request.headers.get(HEADER_LENGTH), b""
     if length is not None:
-        if not length.isdecimal() or not 0 < int(length) <= len(body):
+        if not length.isdecimal() or len(length) > 10 or not 0 < int(length) <= len(body):
             raise InvalidInput(
                 f"{HEADER_LENGTH} is {length[:40]!r}, allowed is 1 to the {len(body)} bytes of the "
                 "body",
@@ -304,21 +312,23 @@ def _pairs(tensors: TensorReader, source: str) -> list[Text]:
     return list(zip(texts, others, strict=True))
 
 
-def _token_ids(tensors: TensorReader) -> list[NDArray[np.int64]]:
-    """The ids of each text, without padding."""
+def _token_ids(
+    tensors: TensorReader,
+) -> tuple[NDArray[np.int64], NDArray[np.generic] | None]:
+    """Ids [texts, tokens], and what is not padding."""
     ids = np.atleast_2d(tensors.numbers("input_ids", ("INT64", "INT32")))
     if ids.ndim != 2:
         raise InvalidInput(
             f"input_ids has {ids.ndim} dimensions, allowed is [texts, tokens]", param="input_ids"
         )
     if "attention_mask" not in tensors.named:
-        return list(ids)
+        return ids, None
     mask = np.atleast_2d(tensors.numbers("attention_mask", ("INT64", "INT32", "BOOL")))
     if mask.shape != ids.shape:
         raise InvalidInput(
             "attention_mask has another shape than input_ids", param="attention_mask"
         )
-    return [row[real != 0] for row, real in zip(ids, mask, strict=True)]
+    return ids, mask
 
 
 def _general(parameters: Parameters) -> Asked:
@@ -331,7 +341,7 @@ def _general(parameters: Parameters) -> Asked:
                 f"parameters.timeout is {timeout!s:.40}, allowed are microseconds",
                 param="parameters.timeout",
             )
-        asked.deadline_ms = math.ceil(timeout / 1000)
+        asked.deadline_ms = -(-timeout // 1000)  # rounded up, whatever its size
     check_top_k(asked.top_k, "parameters.top_k")
     return asked
 
@@ -343,8 +353,10 @@ def _wanted(
     if not outputs:
         names = OUTPUTS + (DETAILS if general.return_details else ())
         outputs = [Wanted(name=name) for name in names]
-    found = []
+    found: dict[str, _Output] = {}
     for one in outputs:
+        if one.name in found:
+            raise InvalidInput(f"output {one.name!r} is asked for twice", param="outputs")
         if one.name not in OUTPUTS + DETAILS:
             raise InvalidInput(
                 f"output {one.name[:40]!r} is not known; allowed: {', '.join(OUTPUTS + DETAILS)}",
@@ -355,14 +367,12 @@ def _wanted(
         classes = own.get("classification") or (general.top_k if is_score else None)
         if classes is not None:
             _check_classes(classes, one.name, is_score=is_score)
-        found.append(
-            _Output(
-                one.name,
-                own.get("binary_data", binary) is True,
-                classes if isinstance(classes, int) else None,
-            )
+        found[one.name] = _Output(
+            one.name,
+            own.get("binary_data", binary) is True,
+            classes if isinstance(classes, int) else None,
         )
-    return found
+    return list(found.values())
 
 
 def _check_classes(classes: object, name: str, *, is_score: bool) -> None:
@@ -423,7 +433,7 @@ class _Instances:
         general = _general(parameters)
         controls = self._pipeline.controls.resolve(general, request.headers)
         place, count = Place("instances", is_list=True), len(asked.instances)
-        encode = partial(self._encode, asked, place)
+        encode = partial(self._encode, asked, place, _cut(self._pipeline, parameters))
         outcome = await classify(call, place, [controls] * count, encode)
         content = PredictionsResponse(
             [self._prediction(outcome, index, general) for index in range(count)]
@@ -431,10 +441,11 @@ class _Instances:
         headers = outcome.headers(call, is_list=True, ignored=ignored)
         return Response(encode_json(content), headers=headers, media_type="application/json")
 
-    async def _encode(self, asked: InstancesRequest, place: Place) -> Sequence[Encoding]:
+    async def _encode(
+        self, asked: InstancesRequest, place: Place, cut: Cut | None
+    ) -> Sequence[Encoding]:
         texts = [_instance(one) for one in asked.instances]
         asked.instances = []
-        cut = Cut() if self._pipeline.settings.auto_truncate else None
         return await self._pipeline.encode(texts, place, cut=cut)
 
     def _prediction(self, outcome: Outcome, index: int, general: Asked) -> Prediction:
@@ -444,6 +455,8 @@ class _Instances:
             score=answer.probs[answer.label],
             probabilities=answer.probs,
         )
+        if general.top_k is not None:
+            found.top = best(labels, answer.probs, general.top_k)
         if general.return_details:
             found.details = outcome.details(index)
         return found

@@ -18,7 +18,16 @@ from offramp_model.tokenizer import Side, Text
 from offramp_service.errors import EmptyInput, InvalidInput
 from offramp_service.models import Models
 from offramp_service.pipeline import Cut, Place
-from offramp_service.routes.door import Call, LeanRoute, Outcome, ReadBody, Wording, classify, door
+from offramp_service.routes.door import (
+    Call,
+    Handler,
+    LeanRoute,
+    Outcome,
+    ReadBody,
+    Wording,
+    classify,
+    door,
+)
 from offramp_service.routes.scores import best, check_top_k, scores
 from offramp_service.schemas import openapi
 from offramp_service.schemas.reading import encode_json
@@ -56,7 +65,7 @@ def router(models: Models) -> APIRouter:
     for path in PATHS:
         routes.add_api_route(
             path,
-            door(models, path, _handle, wording(models.settings)),
+            door(models, path, _handler(models), wording(models.settings)),
             methods=["POST"],
             name=path.strip("/") or "root",
             summary="Classify texts or pairs (TEI's format)",
@@ -66,10 +75,14 @@ def router(models: Models) -> APIRouter:
     return routes
 
 
-async def _handle(request: Request, read_body: ReadBody, call: Call) -> Response:
-    """TEI's clients cannot name a model: they get the default."""
-    asked, ignored = read_request(await read_body())
-    return await _Predict(call).answer(asked, ignored, request)
+def _handler(models: Models) -> Handler:
+    async def handle(request: Request, read_body: ReadBody, call: Call) -> Response:
+        asked, ignored = read_request(await read_body())
+        # TEI's clients cannot name a model; the default may have been exchanged meanwhile.
+        call.pipeline = models.default
+        return await _Predict(call).answer(asked, ignored, request)
+
+    return handle
 
 
 class _Predict:

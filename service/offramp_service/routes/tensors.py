@@ -31,6 +31,8 @@ _NUMBERS = {
 }
 _LENGTH = struct.Struct("<I")
 
+MOST_DIMENSIONS = 4
+
 
 class TensorReader:
     """The tensors of one request; `tail` are the bytes after its JSON."""
@@ -87,15 +89,23 @@ class TensorReader:
                 f"{' or '.join(datatypes)}",
                 param=_where(name),
             )
+        where = _where(name)
+        if len(tensor.shape) > MOST_DIMENSIONS:
+            raise InvalidInput(
+                f"{where} has {len(tensor.shape)} dimensions, allowed are {MOST_DIMENSIONS}",
+                param=where,
+            )
         if any(size < 0 for size in tensor.shape):
-            raise InvalidInput(f"{_where(name)} has a negative shape", param=_where(name))
+            raise InvalidInput(f"{where} has a negative shape", param=where)
+        # Rows of nothing could be any number of them.
+        if 0 in tensor.shape and any(tensor.shape):
+            raise InvalidInput(f"{where} has shape {_spoken(tensor)}: rows of nothing", param=where)
         return tensor
 
     def _check_count(self, tensor: Tensor, count: int) -> None:
         if math.prod(tensor.shape) != count:
-            shape = "×".join(str(size)[:20] for size in tensor.shape[:4])
             raise InvalidInput(
-                f"{_where(tensor.name)} has shape {shape} and {count} values",
+                f"{_where(tensor.name)} has shape {_spoken(tensor)} and {count} values",
                 param=_where(tensor.name),
             )
 
@@ -181,22 +191,35 @@ def _unpack_strings(raw: memoryview, where: str) -> Sequence[str]:
 
 
 def _flat(tensor: Tensor) -> list[object]:
-    """The JSON data, nested or flat."""
+    """The JSON data: flat, or nested exactly as the shape is."""
+    where = _where(tensor.name)
     if not isinstance(tensor.data, list):
-        raise InvalidInput(f"{_where(tensor.name)} has no data", param=_where(tensor.name))
+        raise InvalidInput(f"{where} has no data", param=where)
     values: list[object] = tensor.data
-    for _ in tensor.shape[1:]:
-        if not any(isinstance(one, list) for one in values):
-            break
-        values = [one for part in values for one in (part if isinstance(part, list) else [part])]
+    if not any(isinstance(one, list) for one in values):
+        return values
+    for size in tensor.shape[1:]:
+        parts = [part for part in values if isinstance(part, list)]
+        if len(parts) < len(values) or any(len(part) != size for part in parts):
+            raise InvalidInput(
+                f"{where} is neither flat nor nested as its shape {_spoken(tensor)}", param=where
+            )
+        values = [one for part in parts for one in part]
     return values
 
 
+_ALLOWED: dict[str, tuple[tuple[type, ...], str]] = {
+    "b": ((bool,), "true or false"),
+    "i": ((int,), "an integer"),
+    "u": ((int,), "an integer"),
+    "f": ((int, float), "a number"),
+}
+
+
 def _array(values: list[object], kind: np.dtype[np.generic], where: str) -> NDArray[np.generic]:
-    whole = kind.kind in "iu"
+    types, allowed = _ALLOWED[kind.kind]
     for index, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-            allowed = "an integer" if whole else "a number"
+        if type(value) not in types:
             place = f"{where}[{index}]"
             raise InvalidInput(f"{place} is {value!s:.40}, allowed is {allowed}", param=place)
     try:
@@ -206,6 +229,10 @@ def _array(values: list[object], kind: np.dtype[np.generic], where: str) -> NDAr
         raise InvalidInput(
             f"{where} has a value that its datatype cannot hold", param=where
         ) from None
+
+
+def _spoken(tensor: Tensor) -> str:
+    return "×".join(str(size)[:20] for size in tensor.shape)
 
 
 def _where(name: str) -> str:

@@ -2,7 +2,6 @@
 two questions of KServe's V1. They only tell.
 """
 
-import logging
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from offramp_service.errors import InvalidInput, NotReady, ServiceError
+from offramp_service.errors import InvalidInput, NotReady
 from offramp_service.models import Models
 from offramp_service.pipeline import Pipeline
 from offramp_service.routes.door import LeanRoute, teller
@@ -18,8 +17,6 @@ from offramp_service.routes.infer import WORDING
 from offramp_service.schemas import openapi
 from offramp_service.schemas.reading import encode_json
 from offramp_service.served_model import ServedModel
-
-log = logging.getLogger(__name__)
 
 EXTENSIONS = (
     "classification",
@@ -100,13 +97,12 @@ class _Told:
         return _json({"models": [one.model.name for one in self._models]})
 
     async def index(self, _: Request) -> Response:
-        state = "READY" if self._models.ready else "UNAVAILABLE"
         return _json(
             [
                 {
                     "name": one.model.name,
                     "version": one.model.version,
-                    "state": state,
+                    "state": "READY" if self._models.ready_for(one) else "UNAVAILABLE",
                     "reason": f"checkpoint {one.model.sha}",
                 }
                 for one in self._models
@@ -120,23 +116,16 @@ class _Told:
             raise InvalidInput(
                 "models are not loaded over HTTP here; --load-over-http allows it", status=404
             )
-        try:
-            model = await self._models.load(name)
-        except ServiceError:
-            raise
-        except Exception as error:
-            log.exception("%s was not loaded anew, the old one is still served", name)
-            raise InvalidInput(
-                f"not loaded, the old one is still served: {error}", param="model"
-            ) from error
+        model = await self._models.load(name)
         return _json({"name": model.name, "version": model.version, "sha": model.sha})
 
     async def metadata(self, request: Request) -> Response:
         return _json(metadata(self._of(request).model))
 
     async def model_ready(self, request: Request) -> Response:
-        ready = self._models.ready
-        body = {"name": self._of(request).model.name, "ready": ready}
+        pipeline = self._of(request)
+        ready = self._models.ready_for(pipeline)
+        body = {"name": pipeline.model.name, "ready": ready}
         return _json(body, 200 if ready else 503)
 
     async def statistics(self, request: Request) -> Response:
@@ -151,10 +140,10 @@ class _Told:
         return _json(configuration(self._of(request).model))
 
     async def model_v1(self, request: Request) -> Response:
-        name = self._of(request).model.name
-        if not self._models.ready:
+        pipeline = self._of(request)
+        if not self._models.ready_for(pipeline):
             raise NotReady("the server is starting or shutting down")
-        return _json({"name": name, "ready": True})
+        return _json({"name": pipeline.model.name, "ready": True})
 
     async def alive_v1(self, _: Request) -> Response:
         return _json({"status": "alive"})

@@ -97,8 +97,12 @@ class Reader(Generic[R]):
         expected, _, path = message.partition(" - at `$")
         path = path.rstrip("`")
         steps = list(_STEP.finditer(path))
-        given = _follow(fields, [step[1] or int(step[2]) for step in steps])
         where = path.removeprefix(".")
+        try:
+            given = _follow(fields, [step[1] or int(step[2]) for step in steps])
+        except (LookupError, msgspec.ValidationError):  # a field that is there twice
+            message = f"{where} is not what it may be; is a field there twice?"
+            return InvalidInput(message, param=where)
         if missing := _MISSING.match(expected):
             param = f"{where}.{missing[1]}"
             return InvalidInput(f"{param} is missing", param=param)

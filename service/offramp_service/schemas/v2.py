@@ -11,7 +11,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from offramp_service.errors import InvalidInput, ServiceError
 from offramp_service.schemas.reading import Reader, encode_json
-from offramp_service.schemas.shared import Asked, Details
+from offramp_service.schemas.shared import Asked, Details, Scored
 
 Value = str | int | float | bool | None
 """Of a parameter. None is standardised; ours are the controls of early exit."""
@@ -83,11 +83,12 @@ class _TolerantInstances(InstancesRequest, forbid_unknown_fields=False, kw_only=
 
 
 class Prediction(Struct, kw_only=True):
-    """`probabilities` are in label-id order."""
+    """`probabilities` are in label-id order; `top` is there if `top_k` was."""
 
     label: str
     score: float
     probabilities: list[float]
+    top: list[Scored] | UnsetType = UNSET
     details: Details | UnsetType = UNSET
 
 

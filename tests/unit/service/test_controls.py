@@ -262,6 +262,12 @@ def test_a_drop_names_the_fastest_that_keeps_it(model: ServedModel) -> None:
         assert given.effective_speedup == given.speedup  # load raises nobody who names an accuracy
         before = given.speedup
     assert desk.resolve(Asked(threshold=0.9, max_accuracy_drop=0.1), {}).threshold == 0.9
+    correction = SpeedupCorrection()
+    correction.factor = 1.25
+    corrected = ControlDesk(model, 30_000, correction=correction)
+    for drop in (0.0, 0.02):
+        asked = Asked(max_accuracy_drop=drop)
+        assert corrected.resolve(asked, {}).threshold == desk.resolve(asked, {}).threshold
 
 
 def test_a_drop_below_the_operators_least_is_refused(directory: Path) -> None:

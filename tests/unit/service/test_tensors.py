@@ -43,7 +43,7 @@ def test_bytes_are_little_endian_and_have_their_shape(kind: str) -> None:
     np.testing.assert_array_equal(found, given_)
 
 
-@pytest.mark.parametrize("data", [[[1, 2], [3, 4]], [1, 2, 3, 4], [[1], [2], [3], [4]]])
+@pytest.mark.parametrize("data", [[[1, 2], [3, 4]], [1, 2, 3, 4]])
 def test_json_may_be_nested_or_flat(data: list[object]) -> None:
     tensor = Tensor(name="ids", datatype="INT64", shape=[2, 2], data=data)
     found = TensorReader([tensor], b"").numbers("ids", ("INT64",))
@@ -95,11 +95,35 @@ def test_bytes_that_belong_to_nobody() -> None:
         (Tensor(name="x", datatype="INT64", shape=[-1], data=[1]), "negative shape"),
         (Tensor(name="x", datatype="INT64", shape=[1]), "has no data"),
         (Tensor(name="x", datatype="STRING", shape=[1], data=[1]), "datatype 'STRING'"),
+        (Tensor(name="x", datatype="INT64", shape=[10**9, 0], data=[]), "rows of nothing"),
+        (Tensor(name="x", datatype="INT64", shape=[0, 2**63], data=[]), "rows of nothing"),
+        (Tensor(name="x", datatype="INT64", shape=[1] * 65, data=[1]), "65 dimensions"),
+        (Tensor(name="x", datatype="INT64", shape=[2, 2], data=[[1, 2, 3], [4]]), "nor nested"),
+        (Tensor(name="x", datatype="INT64", shape=[2, 1], data=[1, [2]]), "nor nested"),
+        (Tensor(name="x", datatype="INT64", shape=[2], data=[[1], [2]]), "is \\[1\\], allowed"),
     ],
 )
 def test_numbers_that_cannot_be(tensor: Tensor, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         TensorReader([tensor], b"").numbers("x", ("FP32", "INT64"))
+
+
+def test_truth_values() -> None:
+    tensor = Tensor(name="x", datatype="BOOL", shape=[2], data=[True, False])
+    assert TensorReader([tensor], b"").numbers("x", ("BOOL",)).tolist() == [True, False]
+    tensor.data = [True, 0.5]
+    with pytest.raises(InvalidInput, match="allowed is true or false"):
+        TensorReader([tensor], b"").numbers("x", ("BOOL",))
+
+
+def test_deep_and_wide_data_cost_little() -> None:
+    """Once flattened again and again, once for each of the shape's dimensions."""
+    deep: list[object] = [1]
+    for _ in range(200):
+        deep = [deep]
+    tensor = Tensor(name="x", datatype="INT64", shape=[1, 1, 1, 1], data=[*([1] * 50_000), deep])
+    with pytest.raises(InvalidInput, match="neither flat nor nested"):
+        TensorReader([tensor], b"").numbers("x", ("INT64",))
 
 
 def test_a_name_stands_for_one_tensor() -> None:

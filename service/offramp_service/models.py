@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 # How often an old room is asked whether it is empty.
 _LOOK_S = 0.02
+_SETTLING_S = 1.0
 
 
 class Models:
@@ -236,7 +237,9 @@ class Models:
         finally:
             del self._leaving[room]
         del room
-        # Rooms are cycles, and weights do not count for the collector: it would come late.
+        # Rooms are cycles, and weights do not count for the collector: it would come late. Whoever
+        # had a hand in the exchange has let go by then.
+        await asyncio.sleep(_SETTLING_S)
         await asyncio.to_thread(gc.collect)
 
     def _check_depth(self, model: ServedModel) -> None:

@@ -391,7 +391,9 @@ def watching(metrics: Metrics, clock: Clock) -> Callable[..., SloWatch]:
     )
 
     def start(**how: object) -> SloWatch:
-        return SloWatch(Settings(model_id="x", **how), model, Load, metrics, clock=clock)
+        watch = SloWatch(Settings(model_id="x", **how), model, Load, metrics, clock=clock)
+        watch.show()
+        return watch
 
     return start
 
@@ -455,3 +457,19 @@ def test_who_gave_up_counts_once_it_was_late(watching: Callable, clock: Clock) -
     assert watch.floor() == 1.0
     strain(watch, clock, 0.11, answered=False)
     assert watch.floor() > 1.0
+
+
+def test_another_checkpoint_goes_on_from_the_floor_that_was(
+    watching: Callable, clock: Clock
+) -> None:
+    """An exchange under load lets nobody go; the newcomer keeps to its own ceiling."""
+    before = watching(slo_p95_ms=100.0)
+    strain(before, clock)
+    assert before.floor() > 1.0
+    after = watching(slo_p95_ms=100.0)
+    assert after.floor() == 1.0
+    after.show(before)
+    assert after.floor() == before.floor()
+    modest = SloController(0.1, (1.0, 1.01))
+    modest.go_on_from(before._controller)
+    assert modest.floor == 1.01

@@ -34,6 +34,7 @@ from offramp_service.api_keys import KeyFileError
 from offramp_service.app import create_app
 from offramp_service.bounded_http import BoundedHttp
 from offramp_service.config_file import ConfigFileError
+from offramp_service.garbage import leave_alone_what_stays
 from offramp_service.logs import configure_logging, flush_output
 from offramp_service.models import Models
 from offramp_service.pipeline import Pipeline
@@ -136,6 +137,7 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
+            leave_alone_what_stays()
             _greet(self._models.default, self.servers[0].sockets[0].getsockname())
             self._loop.add_signal_handler(signal.SIGHUP, self._load_anew)
             self._watching = self._loop.create_task(self._end_when_dead())

@@ -9,7 +9,6 @@ It knows settings, rooms and the life cycle, and nothing about HTTP.
 """
 
 import asyncio
-import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from offramp_model.checkpoint import MANIFEST
 from offramp_service.errors import InvalidInput, NotReady
+from offramp_service.garbage import collect_what_stayed
 from offramp_service.jobs import Engine as Computes
 from offramp_service.lifecycle import Lifecycle
 from offramp_service.metrics import Families
@@ -237,10 +237,8 @@ class Models:
         finally:
             del self._leaving[room]
         del room
-        # Rooms are cycles, and weights do not count for the collector: it would come late. Whoever
-        # had a hand in the exchange has let go by then.
-        await asyncio.sleep(_SETTLING_S)
-        await asyncio.to_thread(gc.collect)
+        await asyncio.sleep(_SETTLING_S)  # whoever had a hand in the exchange has let go by then
+        await asyncio.to_thread(collect_what_stayed)
 
     def _check_depth(self, model: ServedModel) -> None:
         if model.num_layers > self.families.most_layers:

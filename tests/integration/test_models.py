@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from loading import load
 from offramp_service import models
 from offramp_service.app import create_app
-from offramp_service.room import Room
 from offramp_service.settings import Settings
 
 _service = load("tests/integration/test_service.py")
@@ -231,20 +231,27 @@ def engines() -> list[threading.Thread]:
     return [one for one in threading.enumerate() if one.name == "engine"]
 
 
-def rooms() -> int:
-    return sum(type(one) is Room for one in gc.get_objects())
-
-
-async def test_exchanges_leave_nothing_behind(copied: Path, directory: Path, other: Path) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+async def test_exchanges_leave_nothing_behind(
+    copied: Path, directory: Path, other: Path, frozen: bool
+) -> None:
+    """Not even where the command has told the collector to leave alone what was there."""
     async with serving(model_id=copied, load_over_http=True) as client:
         await answers(client)
         threads = threading.active_count()
-        held = rooms()
-        for by in (other, directory, other):
-            replace(copied, by)
-            assert (await load_anew(client)).status_code == 200
-            await answers(client)
-        await until(lambda: rooms() <= held)
+        rooms = client.app.state.models._rooms  # type: ignore[attr-defined]
+        gone = []
+        try:
+            for by in (other, directory, other):
+                gone.append(weakref.ref(rooms["copied"]))
+                if frozen:
+                    gc.freeze()
+                replace(copied, by)
+                assert (await load_anew(client)).status_code == 200
+                await answers(client)
+            await until(lambda: all(one() is None for one in gone))
+        finally:
+            gc.unfreeze()
         assert len(engines()) == 1
         assert threading.active_count() <= threads + 1  # of the loop's own, which come and stay
 

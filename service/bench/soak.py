@@ -387,9 +387,10 @@ async def load(world: World, count: int, seconds: float, phase: str) -> None:
 async def load_anew(world: World, after_s: float) -> None:
     """The checkpoint, halfway; it answers as it did before."""
     await asyncio.sleep(after_s)
-    reply = await (await Connection.open(world.address)).exchange(
-        post(world.address, f"/v2/repository/models/{world.model}/load", b"")
-    )
+    connection = await Connection.open(world.address)
+    path = f"/v2/repository/models/{world.model}/load"
+    reply = await connection.exchange(post(world.address, path, b""))
+    connection.close()
     if reply is None or reply.status != 200:
         world.violated(f"the checkpoint was not loaded anew: {reply}")
     world.exchanges += 1

@@ -112,14 +112,17 @@ def _preload(app: FastAPI) -> int:
     async def run() -> None:
         async with app.router.lifespan_context(app):
             for pipeline in app.state.models:
-                answer = await rehearse(pipeline)
-                text = "%s preloaded: a text left after layer %d"
+                try:
+                    answer = await rehearse(pipeline)
+                except Exception as error:
+                    raise RuntimeError(f"{pipeline.model.name} does not answer") from error
+                text = "preloaded %s: a text left after layer %d"
                 log.info(text, pipeline.model.name, answer.answer.exit_layer)
 
     try:
         asyncio.run(run())
     except Exception:
-        log.exception("no answer")
+        log.exception("preloading failed")
         return 3
     return 0
 

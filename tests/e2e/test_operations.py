@@ -110,7 +110,7 @@ def test_a_dry_run_says_what_would_be_served(directory: Path, tmp_path: Path) ->
     )
     assert code == 0, err
     plan = json.loads(out)
-    settings, serves = plan["settings"], plan["serves"]
+    settings, (serves,) = plan["settings"], plan["serves"]
     assert (settings["port"], settings["max_queued_tokens"], settings["max_batch_tokens"]) == (
         *(81, 6400, 640),
     )
@@ -153,7 +153,7 @@ def test_preloading_answers_one_text_and_ends(directory: Path) -> None:
     flags = ["--model-id", str(directory), "--preload-only", "--threads", "1"]
     code, out, err = run(*flags, "--warmup", program=LISTENING_IS_AN_ERROR)
     assert (code, out) == (0, ""), err
-    assert "preloaded: a text left after layer 4" in err
+    assert "preloaded tiny: a text left after layer 4" in err
     code, _, err = run(*flags, program=COLD)
     assert code == 3
     assert "tiny does not answer" in err

@@ -131,6 +131,7 @@ def simulated(case: dict[str, Any], dtype: torch.dtype) -> ExitTrace:
         exit_layers=tuple(range(1, signal.shape[0] + 1)),
         direction=case["inputs"]["direction"],
         dtype=dtype,
+        problem_type="single_label_classification",
     )
 
 

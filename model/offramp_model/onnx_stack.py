@@ -144,8 +144,8 @@ def make_session(graph: Graph, threads: int | None = None, device: Device = "cpu
     _start_pool(threads or torch.get_num_threads())
     options = onnxruntime.SessionOptions()
     options.use_per_session_threads = False
-    # It would keep a memory plan for each combination of shapes it has seen, and no two batches here
-    # are alike: the process grows for as long as it serves.
+    # It would keep a memory plan for each combination of shapes it has seen, and no two batches
+    # here are alike: the process grows for as long as it serves.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.x64quantprecision", exact_int8())

@@ -92,7 +92,8 @@ class TextTokenizer:
     def _run(
         tokenizer: tokenizers.Tokenizer, texts: Sequence[Text], add_special_tokens: bool
     ) -> list[Encoding]:
-        encoded = tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        # Without the offsets that nobody asks for: a sixth faster, the same tokens.
+        encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [Encoding(one.ids, one.type_ids) for one in encoded]
 
 

@@ -18,3 +18,13 @@ def keep_freed_memory() -> bool:
     if mallopt is None:  # musl, macOS
         return False
     return all(bool(mallopt(one, KEPT_BYTES)) for one in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+
+
+def give_back_freed_memory() -> bool:
+    """Hand back to the kernel what is free after all, once; returns whether there was any.
+
+    For after something large has gone for good, a model: what it held lies in arenas of threads
+    that are no more, where nobody would use it again. It takes some milliseconds.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim is not None and bool(trim(0))

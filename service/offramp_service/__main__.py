@@ -73,8 +73,7 @@ def main(
     if settings.dry_run:
         _print_plan(app.state.models)
         return 0
-    for pipeline in app.state.models:
-        _log_limits(pipeline)
+    _log_all_limits(app.state.models)
     return _preload(app) if settings.preload_only else _serve(app, settings)
 
 
@@ -216,6 +215,12 @@ def _print_plan(models: Models) -> None:
         "serves": [describe(pipeline) for pipeline in models],
     }
     print(msgspec.json.format(encode_json(plan), indent=2).decode(), flush=True)
+
+
+def _log_all_limits(models: Models) -> None:
+    # In a function of its own: `main` runs as long as the process, and would hold the last of them.
+    for pipeline in models:
+        _log_limits(pipeline)
 
 
 def _log_limits(pipeline: Pipeline) -> None:

@@ -4,6 +4,8 @@ through what is here to stay: libraries, models, the application; 200,000 object
 
 import gc
 
+from offramp_model.memory import give_back_freed_memory
+
 
 def leave_alone_what_stays() -> None:
     """Collect, and walk through what is left never again."""
@@ -20,3 +22,4 @@ def collect_what_stayed() -> None:
     gc.collect()
     if frozen:
         gc.freeze()
+    give_back_freed_memory()

@@ -140,8 +140,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             leave_alone_what_stays()
-            _greet(self._models.default, self.servers[0].sockets[0].getsockname())
             self._loop.add_signal_handler(signal.SIGHUP, self._load_anew)
+            _greet(self._models.default, self.servers[0].sockets[0].getsockname())
             self._watching = self._loop.create_task(self._end_when_dead())
 
     async def _end_when_dead(self) -> None:

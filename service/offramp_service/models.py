@@ -11,6 +11,7 @@ It knows settings, rooms and the life cycle, and nothing about HTTP.
 import asyncio
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import TypeVar
@@ -36,7 +37,8 @@ T = TypeVar("T")
 
 # How often an old room is asked whether it is empty.
 _LOOK_S = 0.02
-_SETTLING_S = 1.0
+# Whoever had a hand in the exchange lets go soon: a connection does with its next request.
+_SETTLING_S = (1.0, 5.0, 30.0, 120.0)
 
 
 class Models:
@@ -236,9 +238,14 @@ class Models:
             log.info("%s: %s is closed", room.model.name, room.model.sha)
         finally:
             del self._leaving[room]
+        gone = weakref.ref(room.pipeline)
         del room
-        await asyncio.sleep(_SETTLING_S)  # whoever had a hand in the exchange has let go by then
-        await asyncio.to_thread(collect_what_stayed)
+        for settling_s in _SETTLING_S:
+            await asyncio.sleep(settling_s)
+            await asyncio.to_thread(collect_what_stayed)
+            if gone() is None:
+                return
+        log.warning("an old checkpoint is still held by somebody; its memory is not given back")
 
     def _check_depth(self, model: ServedModel) -> None:
         if model.num_layers > self.families.most_layers:

@@ -38,7 +38,7 @@ GAUGES = ("queue_requests", "queue_tokens", "queue_layer_work", "inflight_reques
 MEMORY_MAY_GROW = 0.05
 DRAIN_S, SHUTDOWN_S = 2.0, 30.0
 """Of the server: serving on after SIGTERM, and finishing what is inside."""
-SETTLING_S = 15.0
+SETTLING_S = 45.0
 """For the server to come to rest once nobody asks."""
 SHOWN = 20
 """Violations that the report spells out."""
@@ -396,17 +396,18 @@ async def load_anew(world: World, after_s: float) -> None:
     world.exchanges += 1
 
 
-async def at_rest(server: ServerProcess) -> dict[str, float]:
-    """Gauges, tasks and threads when nothing goes on; as they are if that does not come about."""
+async def at_rest(server: ServerProcess, like: dict[str, float] | None = None) -> dict[str, float]:
+    """Gauges, tasks and threads when nothing goes on, and no more goes on than before; as they are
+    if that does not come about."""
     ends = time.monotonic() + SETTLING_S
     while True:
         rest = {gauge: server.metric(f"offramp_{gauge}") for gauge in GAUGES}
-        if not any(rest.values()) or time.monotonic() > ends:
-            break
-        await asyncio.sleep(0.1)
-    await asyncio.sleep(0.5)  # for connections to be forgotten
-    alive = json.loads(server.get("/soak/alive"))
-    return rest | {"tasks": alive["tasks"], "threads": server.threads()}
+        alive = json.loads(server.get("/soak/alive"))
+        rest |= {"tasks": alive["tasks"], "threads": server.threads()}
+        quiet = not any(rest[gauge] for gauge in GAUGES)
+        if time.monotonic() > ends or (quiet and (not like or rest["tasks"] <= like["tasks"])):
+            return rest
+        await asyncio.sleep(0.5)  # connections are forgotten, an old checkpoint as well
 
 
 async def watch_memory(server: ServerProcess, samples: list[float]) -> None:
@@ -421,7 +422,10 @@ async def soak(
     """All phases but the end of the process."""
     await ask_alone(world)
     warm_up_s = min(60.0, 0.3 * arguments.seconds)
+    # An exchange needs a thread or two of the event loop's own, which stay.
+    exchange = asyncio.create_task(load_anew(world, 0.5 * warm_up_s))
     await load(world, arguments.clients, warm_up_s, f"{arguments.seed} warm-up")
+    await exchange
     before = await at_rest(server)
     memory: list[float] = []
     watcher = asyncio.create_task(watch_memory(server, memory))
@@ -429,7 +433,7 @@ async def soak(
     await load(world, arguments.clients, arguments.seconds, f"{arguments.seed}")
     await exchange
     watcher.cancel()
-    after = await at_rest(server)
+    after = await at_rest(server, before)
     figures = {"at_rest": {"before": before, "after": after}, "memory_mib": _memory(memory)}
     _check_rest(world, before, after)
     _check_memory(world, figures["memory_mib"])

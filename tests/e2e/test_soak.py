@@ -27,7 +27,7 @@ def test_ten_seconds_of_everything(
     assert code == 0
     assert report["exit_code"] == 0
     assert report["texts_compared"] > 500
-    assert report["checkpoint_exchanges"] == 1
+    assert report["checkpoint_exchanges"] == 2
     for kind, least in {
         "single, 200": 50,
         "list, 200": 50,

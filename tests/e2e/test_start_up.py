@@ -54,10 +54,13 @@ def test_nothing_in_the_command_holds_an_old_checkpoint(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", COUNTING, *flags], stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
-    assert "is ready" in process.stdout.readline()
-    process.send_signal(signal.SIGHUP)
-    assert process.stdout.readline() == "pipelines: 1\n"
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
-    assert process.returncode == 0
+    try:
+        assert process.stdout is not None
+        assert "is ready" in process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline() == "pipelines: 1\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate(timeout=10)

@@ -65,6 +65,7 @@ class Models:
         self.settings, self.lifecycle = settings, Lifecycle()
         self._computes = computes
         self._leaving: dict[Room, asyncio.Task[None]] = {}  # old rooms that are being emptied
+        self._forgetting: asyncio.Task[None] | None = None  # the last of them, its memory
         self._devices: dict[str, Device] = {}
         self._loading = asyncio.Lock()
         own = {name: settings.of_model(name) for name in settings.model_names}
@@ -158,8 +159,9 @@ class Models:
     async def close(self) -> None:
         self.lifecycle.phase = "closed"
         rooms = self._all()
-        for task in self._leaving.values():
-            task.cancel()
+        for task in (*self._leaving.values(), self._forgetting):
+            if task is not None:
+                task.cancel()
         for room in rooms:
             await room.close()
 
@@ -238,14 +240,8 @@ class Models:
             log.info("%s: %s is closed", room.model.name, room.model.sha)
         finally:
             del self._leaving[room]
-        gone = weakref.ref(room.pipeline)
-        del room
-        for settling_s in _SETTLING_S:
-            await asyncio.sleep(settling_s)
-            await asyncio.to_thread(collect_what_stayed)
-            if gone() is None:
-                return
-        log.warning("an old checkpoint is still held by somebody; its memory is not given back")
+        # A task of its own: the next exchange waits until a room is empty, no longer.
+        self._forgetting = asyncio.create_task(_forget(weakref.ref(room.pipeline)))
 
     def _check_depth(self, model: ServedModel) -> None:
         if model.num_layers > self.families.most_layers:
@@ -261,6 +257,16 @@ class Models:
             died=self._died,
             computes=self._computes,
         )
+
+
+async def _forget(gone: "weakref.ref[Pipeline]") -> None:
+    """Have the memory of an old checkpoint handed back, once nobody holds it any more."""
+    for settling_s in _SETTLING_S:
+        await asyncio.sleep(settling_s)
+        await asyncio.to_thread(collect_what_stayed)
+        if gone() is None:
+            return
+    log.warning("an old checkpoint is still held by somebody; its memory is not given back")
 
 
 def _stamp(settings: Settings) -> tuple[int, int, int] | None:

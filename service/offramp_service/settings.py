@@ -21,11 +21,11 @@ from pydantic import (
     SecretStr,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
     EnvSettingsSource,
+    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -432,11 +432,12 @@ class _Environment(EnvSettingsSource):
         return values
 
 
-class _ConfigFile(PydanticBaseSettingsSource):
-    """The file that `config` names, wherever that comes from."""
+class _ConfigFile(InitSettingsSource):
+    """The file that `config` names, wherever that comes from: values by name, all at once, as the
+    library's own sources of files are."""
 
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        raise NotImplementedError("the file is read as a whole")
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        super().__init__(settings_cls, {})
 
     def __call__(self) -> dict[str, Any]:
         path = self.current_state.get("config")

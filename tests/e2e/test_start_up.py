@@ -3,6 +3,8 @@
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from loading import load
@@ -14,22 +16,6 @@ code = main(sys.argv[1:])
 print("left alone:", gc.get_freeze_count())
 sys.exit(code)
 """
-
-
-def test_garbage_collections_do_not_walk_through_what_stays(tmp_path: Path) -> None:
-    support = load("tests/unit/service/support.py")
-    checkpoint = support.write_tiny_checkpoint(tmp_path / "tiny")
-    flags = ["--model-id", str(checkpoint), "--port", "0", "--threads", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *flags], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert "is ready" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert int(said.rpartition(":")[2]) > 100_000
-
 
 COUNTING = """
 import gc, sys
@@ -47,20 +33,35 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_nothing_in_the_command_holds_an_old_checkpoint(tmp_path: Path) -> None:
-    support = load("tests/unit/service/support.py")
-    checkpoint = support.write_tiny_checkpoint(tmp_path / "tiny")
+@contextmanager
+def ready(program: str, checkpoint: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command around which a program is written, ready to answer."""
+    load("tests/unit/service/support.py").write_tiny_checkpoint(checkpoint)
     flags = ["--model-id", str(checkpoint), "--port", "0", "--threads", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", COUNTING, *flags], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", program, *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         assert "is ready" in process.stdout.readline()
-        process.send_signal(signal.SIGHUP)
-        assert process.stdout.readline() == "pipelines: 1\n"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        yield process
     finally:
         process.kill()
         process.communicate(timeout=10)
+
+
+def test_garbage_collections_do_not_walk_through_what_stays(tmp_path: Path) -> None:
+    with ready(PROGRAM, tmp_path / "tiny") as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        said = process.stdout.read()
+        assert process.wait(30) == 0
+    assert int(said.rpartition(":")[2]) > 100_000
+
+
+def test_nothing_in_the_command_holds_an_old_checkpoint(tmp_path: Path) -> None:
+    with ready(COUNTING, tmp_path / "tiny") as process:
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "pipelines: 1\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0

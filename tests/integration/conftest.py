@@ -55,23 +55,30 @@ def directory(tmp_path_factory: pytest.TempPathFactory, support: ModuleType) -> 
 Running = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 
+@asynccontextmanager
+async def serving(
+    around: Callable[[FastAPI], None] = lambda _: None, **settings: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A started application and a client for it."""
+    app = create_app(Settings(**{"threads": 1, **settings}))
+    around(app)
+    transport = httpx.ASGITransport(app)
+    async with (
+        LifespanManager(app, startup_timeout=30, shutdown_timeout=30),
+        httpx.AsyncClient(transport=transport, base_url="http://tiny") as client,
+    ):
+        client.app = app  # type: ignore[attr-defined]
+        yield client
+
+
 @pytest.fixture
 def running(directory: Path) -> Running:
-    """A started application and a client for it."""
+    """`serving` the tiny checkpoint, unless told otherwise."""
 
-    @asynccontextmanager
-    async def start(
+    def start(
         around: Callable[[FastAPI], None] = lambda _: None, **settings: Any
-    ) -> AsyncIterator[httpx.AsyncClient]:
-        app = create_app(Settings(**{"model_id": directory, "threads": 1, **settings}))
-        around(app)
-        transport = httpx.ASGITransport(app)
-        async with (
-            LifespanManager(app, startup_timeout=30, shutdown_timeout=30),
-            httpx.AsyncClient(transport=transport, base_url="http://tiny") as client,
-        ):
-            client.app = app  # type: ignore[attr-defined]
-            yield client
+    ) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+        return serving(around, **{"model_id": directory, **settings})
 
     return start
 

@@ -9,7 +9,6 @@ import shutil
 import threading
 import weakref
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,15 +16,17 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from asgi_lifespan import LifespanManager
 from safetensors.torch import load_file, save_file
 
 from loading import load
 from offramp_service import models
-from offramp_service.app import create_app
 from offramp_service.settings import Settings
 
-_service = load("tests/integration/test_service.py")
+_service, _conftest = (
+    load("tests/integration/test_service.py"),
+    load("tests/integration/conftest.py"),
+)
+serving = _conftest.serving
 series, sample, until = _service.series, _service.sample, _service.until
 
 TEXTS = [f"w{number} w{number + 7}" for number in range(24)]
@@ -36,18 +37,6 @@ def other(tmp_path_factory: pytest.TempPathFactory, support: ModuleType) -> Path
     """Another checkpoint: wider, with two exits only, so that its answers differ everywhere."""
     path = tmp_path_factory.mktemp("other") / "wide"
     return support.write_tiny_checkpoint(path, exit_layers=(2, 4), width=32)
-
-
-@asynccontextmanager
-async def serving(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(Settings(threads=1, **settings))
-    transport = httpx.ASGITransport(app)
-    async with (
-        LifespanManager(app, startup_timeout=30, shutdown_timeout=30),
-        httpx.AsyncClient(transport=transport, base_url="http://tiny") as client,
-    ):
-        client.app = app  # type: ignore[attr-defined]
-        yield client
 
 
 async def answers(client: httpx.AsyncClient, **body: Any) -> Any:

@@ -31,7 +31,7 @@ from offramp_service.routes.door import (
     classify,
     door,
 )
-from offramp_service.routes.scores import best, check_top_k
+from offramp_service.routes.scores import best, check_top_k, ranked
 from offramp_service.routes.tensors import TensorReader, TensorWriter
 from offramp_service.schemas import openapi
 from offramp_service.schemas.reading import encode_json
@@ -141,7 +141,7 @@ class _Infer:
         self._pipeline.check_count(count, place.field)  # before there is work for each
         controls = self._controls(general, tensors, count, request.headers)
         asked.inputs = []
-        del tensors  # what is needed of them is in `encode`, which lets go of it
+        del tensors  # what is needed of them is in `encode`
         outcome = await classify(call, place, controls, encode)
         return self._response(
             asked, wanted, outcome, outcome.headers(call, is_list=True, ignored=ignored)
@@ -176,8 +176,7 @@ class _Infer:
             ids if mask is None else (row[real != 0] for row, real in zip(ids, mask, strict=True))
         )
         limit = self._pipeline.model.max_input_length + 1  # one more shows that it is too long
-        whole = cut is not None and cut.side == "left"
-        texts = [(row if whole else row[:limit]).tolist() for row in rows]
+        texts = [row[:limit].tolist() for row in rows]
         return self._pipeline.check_ids(texts, place, cut=cut)
 
     def _controls(
@@ -414,8 +413,7 @@ def _write(writer: TensorWriter, output: _Output, outcome: Outcome, labels: Sequ
 
 def _classified(row: Sequence[float], labels: Sequence[str], classes: int) -> list[str]:
     """Triton's `value:index:label` of the best."""
-    order = sorted(range(len(row)), key=lambda index: -row[index])
-    return [f"{row[index]:f}:{index}:{labels[index]}" for index in order[:classes]]
+    return [f"{row[index]:f}:{index}:{labels[index]}" for index in ranked(row)[:classes]]
 
 
 class _Instances:

@@ -29,9 +29,13 @@ def _softmax(logits: Sequence[float]) -> list[float]:
 
 
 def best(labels: Sequence[str], values: Sequence[float], top_k: int | None = None) -> list[Scored]:
-    """Labels and scores, best first; all, or `top_k` of them. Ties keep label-id order."""
-    order = sorted(range(len(values)), key=lambda index: -values[index])
-    return [Scored(values[index], labels[index]) for index in order[:top_k]]
+    """Labels and scores, best first; all, or `top_k` of them."""
+    return [Scored(values[index], labels[index]) for index in ranked(values)[:top_k]]
+
+
+def ranked(values: Sequence[float]) -> list[int]:
+    """Label ids, best first; ties keep their order."""
+    return sorted(range(len(values)), key=lambda index: -values[index])
 
 
 def check_top_k(top_k: int | None, param: str = "top_k") -> None:

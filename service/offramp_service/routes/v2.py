@@ -1,5 +1,5 @@
-"""What V2 clients ask beside inference: server, model, statistics, configuration, index; and the
-two questions of KServe's V1. They only tell.
+"""What V2 clients ask beside inference: server, model, statistics, configuration, index, and that a
+model be loaded anew; and the two questions of KServe's V1.
 """
 
 from collections.abc import Awaitable, Callable

@@ -19,7 +19,7 @@ from offramp_service.errors import InvalidInput
 from offramp_service.jobs import LEAST_PRIORITY, MOST_PRIORITY, Controls, Depth
 from offramp_service.quality import SpeedupCorrection
 from offramp_service.schemas.shared import Asked
-from offramp_service.served_model import ServedModel
+from offramp_service.served_model import ServedModel, accurate_speedups
 
 SPEEDUP_HEADER = "X-Speedup"
 THRESHOLD_HEADER = "X-Exit-Threshold"
@@ -132,20 +132,15 @@ class ControlDesk:
         model = self._model
         if model.table is None:
             return model.min_speedup
-        points = model.table.points
-        least = points[0].accuracy - drop - _ROUNDING
-        fits = [
-            point.speedup
-            for point in points
-            if point.accuracy >= least and point.speedup <= model.max_speedup
-        ]
-        if max(fits) < model.min_speedup:
+        least = model.expected_accuracy(1.0) - drop - _ROUNDING
+        fastest = accurate_speedups(model.table, model.max_speedup, least)[-1]
+        if fastest < model.min_speedup:
             raise InvalidInput(
                 f"max_accuracy_drop {drop:g} allows no speed-up from {model.min_speedup:g} on, "
                 "which is the least that is served",
                 param="max_accuracy_drop",
             )
-        return max(fits)
+        return fastest
 
     def _at_speedup(self, speedup: float, param: str, *, exactly: bool = False) -> _Aim:
         """`exactly`: neither raised under load nor corrected."""

@@ -81,8 +81,8 @@ class Controls:
     deadline_s: float | None = None  # from the request's arrival; later answers are worth nothing
     effective_speedup: float | None = None  # what it was raised to, or `speedup` itself
     priority: int = 0  # LEAST_PRIORITY to MOST_PRIORITY
-    # How deep calibration has such texts go at the speed-up that was asked for; None where it was
-    # not asked: raw thresholds, and a speed-up of 1.
+    # How deep calibration has such texts go at the effective speed-up; None where there is none, or
+    # nothing to expect: raw thresholds, and a speed-up of 1.
     expected: Depth | None = None
 
 

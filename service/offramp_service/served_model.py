@@ -243,8 +243,8 @@ def _floors(settings: Settings, table: CalibrationTable | None, most: float) -> 
 
 
 def accurate_speedups(table: CalibrationTable, most: float, least: float) -> tuple[float, ...]:
-    """The calibrated speed-ups up to `most` with an accuracy of at least `least`; a table is not
-    monotone in accuracy, so there may be gaps."""
+    """The calibrated speed-ups up to `most` with an accuracy of at least `least`, ascending; as
+    tables are not monotone in accuracy, there may be gaps."""
     return tuple(
         point.speedup for point in table.points if point.speedup <= most and point.accuracy >= least
     )

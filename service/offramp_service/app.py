@@ -163,7 +163,7 @@ def _map_errors(
     async def service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)
         call: Call | None = request.scope.get(CALL)
-        metrics = (call.pipeline if call else models.default).metrics
+        metrics = call.metrics if call else models.default.metrics
         headers = {}
         wording = call.wording if call else request.scope.get(WORDING, classify.WORDING)
         status = wording.status(error)

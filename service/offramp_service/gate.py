@@ -54,8 +54,8 @@ class Gate:
         for pattern, route, wording in self._doors:
             if pattern.match(request.scope["path"]):
                 started = time.perf_counter()
-                pipeline = self._models.default
-                call = Call(route, request_id(request), wording, started, Patience(0), pipeline)
+                metrics = self._models.default.metrics
+                call = Call(route, request_id(request), wording, started, Patience(0), metrics)
                 request.scope[CALL] = call
 
 

@@ -37,8 +37,8 @@ T = TypeVar("T")
 
 # How often an old room is asked whether it is empty.
 _LOOK_S = 0.02
-# Whoever had a hand in the exchange lets go soon: a connection does with its next request.
-_SETTLING_S = (1.0, 5.0, 30.0, 120.0)
+# Whoever had a hand in the exchange lets go soon.
+_SETTLING_S = (1.0, 5.0, 30.0)
 
 
 class Models:

@@ -220,6 +220,25 @@ def engines() -> list[threading.Thread]:
     return [one for one in threading.enumerate() if one.name == "engine"]
 
 
+async def last_request(client: httpx.AsyncClient) -> dict[str, Any]:
+    """The scope of a request that was answered."""
+    scope = {**_service.CLASSIFY, "headers": []}
+    messages = [{"type": "http.request", "body": b'{"input": "w1 w2"}'}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        return await asyncio.Event().wait()  # this client stays
+
+    async def send(one: Any) -> None:
+        sent.append(one)
+
+    await client.app(scope, receive, send)  # type: ignore[attr-defined]
+    assert sent[0]["status"] == 200
+    return scope
+
+
 def others() -> int:
     """Threads beside those that the event loop keeps for itself."""
     return sum(not one.name.startswith("asyncio_") for one in threading.enumerate())
@@ -229,15 +248,17 @@ def others() -> int:
 async def test_exchanges_leave_nothing_behind(
     copied: Path, directory: Path, other: Path, frozen: bool
 ) -> None:
-    """Not even where the command has told the collector to leave alone what was there."""
+    """Not even where the command has told the collector to leave alone what was there; nor where
+    connections keep their last request, as a server's do."""
     async with serving(model_id=copied, load_over_http=True) as client:
         await answers(client)
+        kept = await last_request(client)
         threads = others()
         rooms = client.app.state.models._rooms  # type: ignore[attr-defined]
         gone = []
         try:
             for by in (other, directory, other):
-                gone.append(weakref.ref(rooms["copied"]))
+                gone += [weakref.ref(rooms["copied"]), weakref.ref(rooms["copied"].pipeline)]
                 if frozen:
                     gc.freeze()
                 replace(copied, by)
@@ -246,6 +267,7 @@ async def test_exchanges_leave_nothing_behind(
             await until(lambda: all(one() is None for one in gone))
         finally:
             gc.unfreeze()
+        assert kept
         assert len(engines()) == 1
         assert others() == threads
 

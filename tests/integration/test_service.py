@@ -484,7 +484,14 @@ async def test_batches_that_join_between_layers_answer_as_texts_alone(
         ]
         alone = [await post(client, **one) for one in questions]
         assert not joined
-        together = await asyncio.gather(*(post(client, **one) for one in questions))
+        # The first batch waits until all are there: a backlog, however fast the engine is.
+        batcher, all_there = client.app.state.models.default.batcher, threading.Event()  # type: ignore[attr-defined]
+        engine = batcher._engine
+        monkeypatch.setattr(batcher, "_engine", lambda jobs: all_there.wait(20) and engine(jobs))
+        asked = asyncio.gather(*(post(client, **one) for one in questions))
+        await until(lambda: len(batcher.scheduler.queue) >= len(questions) // 2)
+        all_there.set()
+        together = await asked
         assert joined
         for one, other in zip(alone, together, strict=True):
             assert one.status_code == other.status_code == 200

@@ -17,7 +17,7 @@ from offramp_model.rows import Encoding
 from offramp_model.tokenizer import Text
 from offramp_service.errors import InvalidInput
 from offramp_service.models import Models
-from offramp_service.pipeline import Cut, Place
+from offramp_service.pipeline import Cut, Pipeline, Place
 from offramp_service.routes.door import (
     Call,
     Handler,
@@ -74,8 +74,7 @@ def _handler(models: Models) -> Handler:
         asked, ignored = read_request(await read_body())
         if asked.request_id is not None:
             call.request_id = check_request_id(asked.request_id)
-        call.pipeline = models.of(asked.model)
-        return await _Classify(call).answer(asked, ignored, request)
+        return await _Classify(models.of(asked.model), call).answer(asked, ignored, request)
 
     return handle
 
@@ -83,8 +82,9 @@ def _handler(models: Models) -> Handler:
 class _Classify:
     """One request."""
 
-    def __init__(self, call: Call) -> None:
-        self._call, self._pipeline = call, call.pipeline
+    def __init__(self, pipeline: Pipeline, call: Call) -> None:
+        self._pipeline, self._call = pipeline, call
+        call.metrics = pipeline.metrics
 
     async def answer(
         self, asked: ClassifyRequest, ignored: list[str], request: Request
@@ -95,7 +95,7 @@ class _Classify:
         place = Place("input", _is_list(asked))
         count = len(asked.input) if place.is_list else 1
         encode = partial(self._encode, asked, place)
-        outcome = await classify(call, place, [controls] * count, encode)
+        outcome = await classify(self._pipeline, call, place, [controls] * count, encode)
         content = ClassifyResponse(
             id=f"classify-{call.request_id}",
             created=int(time.time()),

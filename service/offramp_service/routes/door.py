@@ -24,6 +24,7 @@ from starlette.types import Receive
 from offramp_model.rows import Encoding
 from offramp_service.errors import ClientGone, DeadlineExceeded, InvalidInput, ServiceError
 from offramp_service.jobs import Controls, TimedAnswer
+from offramp_service.metrics import Metrics
 from offramp_service.models import Models
 from offramp_service.pipeline import Pipeline, Place
 from offramp_service.schemas.shared import Details, Timings
@@ -54,7 +55,9 @@ class Call:
     wording: Wording
     started: float
     patience: "Patience"
-    pipeline: Pipeline  # of the model that was asked for, or else the default
+    # Of the model that was asked for, or else the default. Not its pipeline: connections keep their
+    # last request, and would keep a model with it that is no longer served.
+    metrics: Metrics
     # Filled when it is over, one of them:
     outcome: "Outcome | None" = None
     failure: str | None = None  # the kind of error
@@ -99,8 +102,8 @@ def door(
 
     async def endpoint(request: Request) -> Response:
         patience = Patience(timeout_s)
-        now, pipeline = time.perf_counter(), models.default
-        call = Call(route, request_id(request), wording, now, patience, pipeline)
+        now, metrics = time.perf_counter(), models.default.metrics
+        call = Call(route, request_id(request), wording, now, patience, metrics)
         request.scope[CALL] = call
         lifecycle.enter()
         try:
@@ -113,7 +116,7 @@ def door(
             raise ServiceError("internal error") from error
         finally:
             lifecycle.leave()
-        call.pipeline.metrics.request_done(route, 200, call.seconds)
+        call.metrics.request_done(route, 200, call.seconds)
         return response
 
     return endpoint
@@ -132,18 +135,18 @@ def teller(
 
 
 async def classify(
+    pipeline: Pipeline,
     call: Call,
     place: Place,
     controls: Sequence[Controls],
     encode: Callable[[], Awaitable[Sequence[Encoding]]],
 ) -> "Outcome":
-    """What every door asks of the call's pipeline: room for the texts, one `Controls` each; their
-    tokens, from `encode`; their answers.
+    """What every door asks of the pipeline: room for the texts, one `Controls` each; their tokens,
+    from `encode`; their answers.
 
     Raises:
         ServiceError: see `Pipeline`.
     """
-    pipeline = call.pipeline
     deadlines = [one.deadline_s for one in controls if one.deadline_s is not None]
     if deadlines:
         call.within(min(deadlines))

@@ -105,10 +105,10 @@ def router(models: Models) -> APIRouter:
 
 def _infer(models: Models) -> Handler:
     async def handle(request: Request, read_body: ReadBody, call: Call) -> Response:
-        call.pipeline = models.of(*_path(request))  # so that nobody's body is read in vain
+        models.of(*_path(request))  # so that nobody's body is read in vain
         asked, ignored, tensors = _read(request, await read_body())
-        call.pipeline = models.of(*_path(request))  # which may have been exchanged meanwhile
-        return await _Infer(call).answer(asked, ignored, tensors, request)
+        pipeline = models.of(*_path(request))  # which may have been exchanged meanwhile
+        return await _Infer(pipeline, call).answer(asked, ignored, tensors, request)
 
     return handle
 
@@ -116,8 +116,7 @@ def _infer(models: Models) -> Handler:
 def _predict(models: Models) -> Handler:
     async def handle(request: Request, read_body: ReadBody, call: Call) -> Response:
         asked, ignored = read_instances(await read_body())
-        call.pipeline = models.of(*_path(request))
-        return await _Instances(call).answer(asked, ignored, request)
+        return await _Instances(models.of(*_path(request)), call).answer(asked, ignored, request)
 
     return handle
 
@@ -125,8 +124,9 @@ def _predict(models: Models) -> Handler:
 class _Infer:
     """One request."""
 
-    def __init__(self, call: Call) -> None:
-        self._call, self._pipeline = call, call.pipeline
+    def __init__(self, pipeline: Pipeline, call: Call) -> None:
+        self._pipeline, self._call = pipeline, call
+        call.metrics = pipeline.metrics
 
     async def answer(
         self, asked: InferRequest, ignored: list[str], tensors: TensorReader, request: Request
@@ -142,7 +142,7 @@ class _Infer:
         controls = self._controls(general, tensors, count, request.headers)
         asked.inputs = []
         del tensors  # what is needed of them is in `encode`
-        outcome = await classify(call, place, controls, encode)
+        outcome = await classify(self._pipeline, call, place, controls, encode)
         return self._response(
             asked, wanted, outcome, outcome.headers(call, is_list=True, ignored=ignored)
         )
@@ -419,8 +419,9 @@ def _classified(row: Sequence[float], labels: Sequence[str], classes: int) -> li
 class _Instances:
     """One request of KServe's V1."""
 
-    def __init__(self, call: Call) -> None:
-        self._call, self._pipeline = call, call.pipeline
+    def __init__(self, pipeline: Pipeline, call: Call) -> None:
+        self._pipeline, self._call = pipeline, call
+        call.metrics = pipeline.metrics
 
     async def answer(
         self, asked: InstancesRequest, ignored: list[str], request: Request
@@ -432,7 +433,7 @@ class _Instances:
         controls = self._pipeline.controls.resolve(general, request.headers)
         place, count = Place("instances", is_list=True), len(asked.instances)
         encode = partial(self._encode, asked, place, _cut(self._pipeline, parameters))
-        outcome = await classify(call, place, [controls] * count, encode)
+        outcome = await classify(self._pipeline, call, place, [controls] * count, encode)
         content = PredictionsResponse(
             [self._prediction(outcome, index, general) for index in range(count)]
         )

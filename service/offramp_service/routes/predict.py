@@ -17,7 +17,7 @@ from offramp_model.rows import Encoding
 from offramp_model.tokenizer import Side, Text
 from offramp_service.errors import EmptyInput, InvalidInput
 from offramp_service.models import Models
-from offramp_service.pipeline import Cut, Place
+from offramp_service.pipeline import Cut, Pipeline, Place
 from offramp_service.routes.door import (
     Call,
     Handler,
@@ -79,8 +79,7 @@ def _handler(models: Models) -> Handler:
     async def handle(request: Request, read_body: ReadBody, call: Call) -> Response:
         asked, ignored = read_request(await read_body())
         # TEI's clients cannot name a model; the default may have been exchanged meanwhile.
-        call.pipeline = models.default
-        return await _Predict(call).answer(asked, ignored, request)
+        return await _Predict(models.default, call).answer(asked, ignored, request)
 
     return handle
 
@@ -88,8 +87,9 @@ def _handler(models: Models) -> Handler:
 class _Predict:
     """One request."""
 
-    def __init__(self, call: Call) -> None:
-        self._call, self._pipeline = call, call.pipeline
+    def __init__(self, pipeline: Pipeline, call: Call) -> None:
+        self._pipeline, self._call = pipeline, call
+        call.metrics = pipeline.metrics
 
     async def answer(self, asked: PredictRequest, ignored: list[str], request: Request) -> Response:
         call = self._call
@@ -100,7 +100,7 @@ class _Predict:
         place = Place("inputs", is_list)
         encode = partial(self._encode, texts, place, self._cut(asked))
         asked.inputs = ""
-        outcome = await classify(call, place, [controls] * len(texts), encode)
+        outcome = await classify(self._pipeline, call, place, [controls] * len(texts), encode)
         activation: Activation | None = "none" if asked.raw_scores else parameters.function_to_apply
         answers = self._answers(outcome, activation, parameters.top_k)
         content: list[Any] = list(answers)

@@ -37,7 +37,7 @@ from offramp_service.config_file import ConfigFileError
 from offramp_service.garbage import leave_alone_what_stays
 from offramp_service.logs import configure_logging, flush_output
 from offramp_service.models import Models
-from offramp_service.pipeline import Pipeline
+from offramp_service.pipeline import RoomPipeline
 from offramp_service.rehearsal import rehearse
 from offramp_service.routes.info import describe
 from offramp_service.schemas.reading import encode_json
@@ -188,7 +188,7 @@ def _exit_at_once(sig: int, _: FrameType | None) -> None:
     os._exit(128 + sig)
 
 
-def _greet(pipeline: Pipeline, address: tuple[str, int]) -> None:
+def _greet(pipeline: RoomPipeline, address: tuple[str, int]) -> None:
     """One line for a person, with something to paste into a terminal."""
     host, port = address[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
@@ -223,7 +223,7 @@ def _log_all_limits(models: Models) -> None:
         _log_limits(pipeline)
 
 
-def _log_limits(pipeline: Pipeline) -> None:
+def _log_limits(pipeline: RoomPipeline) -> None:
     settings, model = pipeline.settings, pipeline.model
     log.info(
         "serving %s (%s): %d layers, exits %s, policy %s, speed-up %.4g to %.4g (default %.4g), "

@@ -19,7 +19,7 @@ from offramp_service.errors import InvalidInput
 from offramp_service.jobs import LEAST_PRIORITY, MOST_PRIORITY, Controls, Depth
 from offramp_service.quality import SpeedupCorrection
 from offramp_service.schemas.shared import Asked
-from offramp_service.served_model import ServedModel, accurate_speedups
+from offramp_service.served_model import DescribedModel, accurate_speedups
 
 SPEEDUP_HEADER = "X-Speedup"
 THRESHOLD_HEADER = "X-Exit-Threshold"
@@ -52,7 +52,7 @@ class ControlDesk:
 
     def __init__(
         self,
-        model: ServedModel,
+        model: DescribedModel,
         longest_ms: int,
         floor: Callable[[], float] = lambda: 1.0,
         correction: SpeedupCorrection | None = None,
@@ -200,7 +200,7 @@ class ControlDesk:
         return exits[bisect_left(exits, low)], exits[exits_before - 1]
 
 
-def full_depth(model: ServedModel) -> Controls:
+def full_depth(model: DescribedModel) -> Controls:
     """Those of a text that is to run to the end, whatever its exits say."""
     layers = model.num_layers
     return Controls(never(model.policy), 1, layers, Depth.full(layers))

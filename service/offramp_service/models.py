@@ -24,7 +24,7 @@ from offramp_service.garbage import collect_what_stayed
 from offramp_service.jobs import Engine as Computes
 from offramp_service.lifecycle import Lifecycle
 from offramp_service.metrics import Families
-from offramp_service.pipeline import Pipeline
+from offramp_service.pipeline import RoomPipeline
 from offramp_service.rehearsal import rehearse
 from offramp_service.room import Room
 from offramp_service.served_model import ServedModel, load_model
@@ -77,16 +77,16 @@ class Models:
         for room in self._rooms.values():
             room.show()
 
-    def __iter__(self) -> Iterator[Pipeline]:
+    def __iter__(self) -> Iterator[RoomPipeline]:
         """The pipelines, the default first."""
         return (room.pipeline for room in self._rooms.values())
 
     @property
-    def default(self) -> Pipeline:
+    def default(self) -> RoomPipeline:
         """For who names no model."""
         return next(iter(self._rooms.values())).pipeline
 
-    def of(self, name: str | None, version: str | None = None) -> Pipeline:
+    def of(self, name: str | None, version: str | None = None) -> RoomPipeline:
         """The pipeline of the model that was asked for; None is the default.
 
         Raises:
@@ -125,7 +125,7 @@ class Models:
     def ready(self) -> bool:
         return self.lifecycle.ready and all(room.ready for room in self._rooms.values())
 
-    def ready_for(self, pipeline: Pipeline) -> bool:
+    def ready_for(self, pipeline: RoomPipeline) -> bool:
         """Can that model answer now?"""
         room = self._rooms[pipeline.model.name]
         return self.lifecycle.ready and room.ready
@@ -259,7 +259,7 @@ class Models:
         )
 
 
-async def _forget(gone: "weakref.ref[Pipeline]") -> None:
+async def _forget(gone: "weakref.ref[RoomPipeline]") -> None:
     """Have the memory of an old checkpoint handed back, once nobody holds it any more."""
     for settling_s in _SETTLING_S:
         await asyncio.sleep(settling_s)

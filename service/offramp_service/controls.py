@@ -63,6 +63,11 @@ class ControlDesk:
         self._thresholds = threshold_range(model.policy, model.config)
         self._to_the_end: ExitCounts = (*[0] * (model.num_layers - 1), 1)
 
+    @property
+    def correction(self) -> float:
+        """What requested speed-ups are multiplied with."""
+        return self._correction.factor if self._correction is not None else 1.0
+
     def resolve(self, asked: Asked, headers: Mapping[str, str]) -> Controls:
         """The controls of one request.
 

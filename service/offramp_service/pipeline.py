@@ -132,8 +132,9 @@ class Pipeline:
             )
 
     @contextmanager
-    def admit(self, count: int, param: str, request_id: str) -> Iterator[Admission]:
-        """Room for the texts of one request, until the block is left.
+    def admit(self, count: int, param: str, request_id: str) -> Iterator[Any]:
+        """Room for the texts of one request, until the block is left; an `Admission` of the queue's
+        own kind.
 
         Raises:
             InvalidInput: a request may not carry so many texts, or none.

@@ -51,7 +51,7 @@ from offramp_model import (
     never,
     start_rows,
 )
-from offramp_model.calibration import curve
+from offramp_model.calibrating import curve
 from offramp_model.memory import keep_freed_memory
 from offramp_model.recorded import RecordedExits, record_exits, replay
 from offramp_training.data import load_split

@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -48,6 +50,18 @@ def test_the_version_is_in_the_changelog() -> None:
     newest = re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)
     assert newest is not None
     assert newest.group(1) == project["version"]
+
+
+def test_the_command_that_serves_loads_no_torch() -> None:
+    """Until a checkpoint is opened that runs in it; graphs never do (tests/e2e)."""
+    unwanted = ("torch", "triton", "onnx", "onnxruntime", "matplotlib", "offramp_kernels")
+    program = f"""
+import sys
+import offramp_model, offramp_service.__main__
+print([name for name in {unwanted} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
 
 def test_the_model_and_the_service_do_not_load_transformers() -> None:

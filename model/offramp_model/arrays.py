@@ -9,7 +9,6 @@ It knows nothing about exits.
 """
 
 import math
-from itertools import groupby, pairwise
 from typing import Any
 
 import array_api_compat
@@ -86,7 +85,7 @@ def sigmoid(x: Array) -> Array:
 def softplus(x: Array) -> Array:
     """log(1 + exp(x))."""
     if isinstance(x, np.ndarray):
-        return np.logaddexp(x, np.zeros((), x.dtype))
+        return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
     return _torch().nn.functional.softplus(x)
 
 
@@ -115,17 +114,13 @@ def segment_means(values: Array, cu_seqlens: Array) -> Array:
         tokens = torch.arange(len(values), dtype=torch.int32, device=values.device)
         return torch.nn.functional.embedding_bag(tokens, values, cu_seqlens[:-1], mode="mean")
     offsets = cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in pairwise(offsets)]
-    means = np.empty((len(lengths), values.shape[1]), values.dtype)
-    row = 0
-    for length, members in groupby(lengths):
-        # A product with 1/length for each token, once for a run of texts of one length.
-        rows = len(list(members))
-        start = offsets[row]
-        run = values[start : start + rows * length].reshape(rows, length, -1)
-        weights = np.full(length, 1 / length, values.dtype)
-        np.matmul(weights, run, out=means[row : row + rows])
-        row += rows
+    means = np.empty((len(offsets) - 1, values.shape[1]), values.dtype)
+    weights = np.empty(0, values.dtype)
+    for mean, start, stop in zip(means, offsets, offsets[1:], strict=False):
+        # A product with 1/length for each token: two thirds of the time of `np.add.reduce`.
+        if stop - start != len(weights):
+            weights = np.full(stop - start, 1 / (stop - start), values.dtype)
+        np.dot(weights, values[start:stop], out=mean)
     return means
 
 

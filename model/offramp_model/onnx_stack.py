@@ -5,7 +5,9 @@ compaction, exit heads and the layer loop are the very same code, over numpy's a
 loads torch.
 
 All sessions of a process share one pool of threads, whose idle ones do not spin between calls: with
-a pool for each session, as by default, chains of small sessions take several times as long.
+a pool for each session, as by default, chains of small sessions take several times as long. They
+share one arena of memory as well, as only one of them runs at a time: by default each would keep
+what its largest batch took.
 
 onnxruntime (extra `onnx`) is imported when a stack is made. It knows nothing about policies,
 directories or how graphs are written.
@@ -134,8 +136,8 @@ def run_segment(
 
 
 def make_session(graph: Graph, threads: int | None = None, device: Device = "cpu") -> Any:
-    """A session in the shared pool, which the first one makes; `threads` and `device` as for
-    `OnnxStack`.
+    """A session in the shared pool and arena, which the first one makes; `threads` and `device` as
+    for `OnnxStack`.
 
     Raises:
         ValueError: onnxruntime cannot run the graph, or not on this device.
@@ -145,12 +147,13 @@ def make_session(graph: Graph, threads: int | None = None, device: Device = "cpu
     there = onnxruntime.get_available_providers()
     if device == "cuda" and CUDA not in there:
         raise ValueError(f"this onnxruntime has no {CUDA}; it has: {', '.join(there)}")
-    _start_pool(threads or len(os.sched_getaffinity(0)))
+    _share(threads or len(os.sched_getaffinity(0)))
     options = onnxruntime.SessionOptions()
     options.use_per_session_threads = False
     # It would keep a memory plan for each combination of shapes it has seen, and no two batches are
     # alike here: the process grows for as long as it serves.
     options.enable_mem_pattern = False
+    options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.x64quantprecision", exact_int8())
     options.log_severity_level = 3  # a failing call raises; it need not also print
@@ -186,7 +189,7 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(flags.partition(":")[2].split())
 
 
-def _start_pool(threads: int) -> None:
+def _share(threads: int) -> None:
     """Before the first session of the process; later calls can change nothing."""
     import onnxruntime
 
@@ -194,6 +197,15 @@ def _start_pool(threads: int) -> None:
     with _lock:
         if _pool_threads is None:
             onnxruntime.set_global_thread_pool_sizes(threads, 1)
+            onnxruntime.create_and_register_allocator(
+                onnxruntime.OrtMemoryInfo(
+                    "Cpu",
+                    onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
+                    0,
+                    onnxruntime.OrtMemType.DEFAULT,
+                ),
+                None,  # grows as an arena of its own would
+            )
             _pool_threads = threads
         elif _pool_threads != threads:
             log.warning(

@@ -123,7 +123,7 @@ class PackedTokens:
         if self._runs is None:
             found, start = [], 0
             for length, members in groupby(self.lengths.tolist()):
-                run = Run(start, sum(1 for _ in members), length)
+                run = Run(start, len(list(members)), length)
                 found.append(run)
                 start = run.stop
             self._runs = tuple(found)

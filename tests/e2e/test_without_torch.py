@@ -95,7 +95,8 @@ def test_answers_are_those_of_torch(plain: Path, port: int, speedup: float) -> N
     assert [one["label"] for one in said] == [support.LABELS[i] for i in expected.label.tolist()]
     for one, signal in zip(said, expected.signal.tolist(), strict=True):
         assert one["details"]["exit_signal"] == pytest.approx(signal, abs=1e-5)
-    assert len({one["details"]["exit_layer"] for one in said}) > (speedup > 1)
+    if speedup > 1:
+        assert len({one["details"]["exit_layer"] for one in said}) > 1
 
 
 def test_the_other_doors_answer(port: int) -> None:

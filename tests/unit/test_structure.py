@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from offramp_kernels import contract
+from offramp_model import rows
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = [
     "offramp_kernels",
@@ -50,6 +53,10 @@ def test_the_version_is_in_the_changelog() -> None:
     newest = re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)
     assert newest is not None
     assert newest.group(1) == project["version"]
+
+
+def test_batches_hold_what_the_kernels_take() -> None:
+    assert rows.MAX_ROWS == contract.MAX_ROWS
 
 
 def test_the_command_that_serves_loads_no_torch() -> None:

@@ -32,8 +32,8 @@ def like(array: Array, values: Any, dtype: str) -> Array:
     return xp.asarray(values, dtype=getattr(xp, dtype), device=array.device)
 
 
-def in_place_of(array: Array) -> dict[str, Any]:
-    """What to tell the standard's makers of arrays, so that a new one is on this one's device."""
+def on_device_of(array: Array) -> dict[str, Any]:
+    """What the standard's makers of arrays are told, so that a new one is on this one's device."""
     return {} if isinstance(array, np.ndarray) else {"device": array.device}
 
 

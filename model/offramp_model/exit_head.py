@@ -8,7 +8,7 @@ knows nothing about encoders, files, training, decisions, or which rows are stil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from offramp_model.arrays import Array, gelu, in_place_of, linear, namespace, sigmoid
+from offramp_model.arrays import Array, gelu, linear, namespace, on_device_of, sigmoid
 from offramp_model.config import MultiExitConfig, Pooling
 from offramp_model.policies import HeadOutput
 from offramp_model.pooling import pool_packed
@@ -76,7 +76,7 @@ class ExitHead:
             return None
         if self.gate is None:
             xp = namespace(state)
-            return xp.ones((state.shape[0],), dtype=state.dtype, **in_place_of(state))
+            return xp.ones((state.shape[0],), dtype=state.dtype, **on_device_of(state))
         return sigmoid(self.gate(state))
 
     def answer(self, hidden: PackedTokens) -> HeadOutput:

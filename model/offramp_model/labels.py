@@ -11,7 +11,7 @@ recorded exits or rows.
 
 from collections.abc import Callable, Iterable
 
-from offramp_model.arrays import Array, in_place_of, namespace
+from offramp_model.arrays import Array, namespace, on_device_of
 from offramp_model.config import MOST_LABELS_OF_SETS, ProblemType
 
 Reading = Callable[[Array], Array]
@@ -56,4 +56,4 @@ def ids_of(bits: int) -> list[int]:
 
 def _places(count: int, beside: Array) -> Array:
     xp = namespace(beside)
-    return xp.arange(count, dtype=xp.int64, **in_place_of(beside))
+    return xp.arange(count, dtype=xp.int64, **on_device_of(beside))

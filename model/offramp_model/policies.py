@@ -5,8 +5,8 @@ row's threshold in the units and direction of its paper. Two rules are common to
 one place, `_leaves`: the *exit* condition is what is computed, and a NaN signal never leaves.
 
 Arrays are of numpy or torch, whichever the layer loop's stack computes with. A policy knows nothing
-about layers to come, compaction, batching or calibration. `min_layer`,
-`max_layer` and the last layer are the layer loop's business.
+about layers to come, compaction, batching or calibration. `min_layer`, `max_layer` and the last
+layer are the layer loop's business.
 """
 
 import math
@@ -16,7 +16,7 @@ from functools import partial
 from typing import Literal, Protocol
 
 from offramp_model import signals
-from offramp_model.arrays import Array, in_place_of, like, namespace
+from offramp_model.arrays import Array, like, namespace, on_device_of
 from offramp_model.config import MultiExitConfig, PolicyOptions, ProblemType
 from offramp_model.labels import Reading, label_set, most_probable
 from offramp_model.rows import ActiveRows
@@ -159,7 +159,7 @@ class PatiencePolicy:
     label: Reading = most_probable
 
     def initial_state(self, count: int, num_labels: int, beside: Array) -> dict[str, Array]:
-        xp, there = namespace(beside), in_place_of(beside)
+        xp, there = namespace(beside), on_device_of(beside)
         return {
             "last_label": xp.full((count,), -1, dtype=xp.int64, **there),
             "agreeing": xp.zeros((count,), dtype=xp.float32, **there),
@@ -197,7 +197,7 @@ class VotePolicy:
             raise ValueError(f"the vote exponent must lie in [0, 1), got {self.exponent}")
 
     def initial_state(self, count: int, num_labels: int, beside: Array) -> dict[str, Array]:
-        xp, there = namespace(beside), in_place_of(beside)
+        xp, there = namespace(beside), on_device_of(beside)
         return {
             "votes": xp.zeros((count, num_labels), dtype=xp.int64, **there),
             # At which exit each class was voted for last, for ties of the majority fallback.
@@ -208,7 +208,7 @@ class VotePolicy:
     def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
         xp, own, broken = namespace(head.logits), most_probable(head.logits), _broken(head.logits)
         seen = rows.state["exits_seen"] + 1
-        classes = xp.arange(head.logits.shape[-1], dtype=xp.int64, **in_place_of(own))
+        classes = xp.arange(head.logits.shape[-1], dtype=xp.int64, **on_device_of(own))
         is_own = classes == own[:, None]
         ballot = is_own & ~broken[:, None]
         votes = rows.state["votes"] + xp.astype(ballot, xp.int64)

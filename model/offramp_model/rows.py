@@ -19,7 +19,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp_model.arrays import Array, in_place_of, indices, is_on_gpu, namespace
+from offramp_model.arrays import Array, indices, is_on_gpu, namespace, on_device_of
 
 MAX_ROWS = 4096
 """Rows of a batch, which is what the kernels take."""
@@ -140,7 +140,7 @@ class PackedTokens:
         xp, survivors = namespace(stays), indices(stays)
         starts, lengths = self.cu_seqlens[:-1][survivors], self.lengths[survivors]
         cu_seqlens = xp.zeros(
-            (survivors.shape[0] + 1,), dtype=self.cu_seqlens.dtype, **in_place_of(stays)
+            (survivors.shape[0] + 1,), dtype=self.cu_seqlens.dtype, **on_device_of(stays)
         )
         cu_seqlens[1:] = xp.cumulative_sum(lengths)
         return PackedTokens(self._tokens(starts, lengths, cu_seqlens), cu_seqlens)
@@ -155,7 +155,7 @@ class PackedTokens:
         # Each token's place of now, and how far its text moves.
         xp = namespace(starts)
         shift = xp.repeat(starts - cu_seqlens[:-1], lengths)
-        index = shift + xp.arange(tokens, dtype=starts.dtype, **in_place_of(starts))
+        index = shift + xp.arange(tokens, dtype=starts.dtype, **on_device_of(starts))
         return xp.take(self.values, index, axis=0)
 
     def _keep_on_gpu(self, stays: Array) -> "PackedTokens":

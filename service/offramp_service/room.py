@@ -153,9 +153,7 @@ class Room:
 
     def _make_engine(self) -> Engine:
         model = self.model
-        return Engine(
-            model.stack, model.policy, device=model.tensor_device, threads=model.torch_threads
-        )
+        return Engine(model.stack, model.policy, torch_threads=model.torch_threads)
 
     def _prepare(self) -> None:
         engine, settings, model = self._engine, self._settings, self.model

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from offramp_service.jobs import Engine as Computes
+from offramp_service.metrics_port import metrics_port
 from offramp_service.models import Models
 from offramp_service.routes import admin, info, probes, v2
 from offramp_service.served_model import ServedModel
@@ -44,7 +45,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await models.warm()
         try:
-            async with watching(models):
+            async with watching(models), metrics_port(models):
                 yield
         finally:
             await models.close()

@@ -135,6 +135,14 @@ class Settings(BaseSettings):
         "127.0.0.1"
     )
     port: Annotated[int, Field(ge=0, le=65535, description="0 picks a free one")] = 3000
+    prometheus_port: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=65535,
+            description="serve /metrics here too, where no key is asked for; 0: at --port alone",
+        ),
+    ] = 0
     payload_limit: Annotated[PositiveInt, Field(description="bytes of a request body")] = 2_000_000
     api_key: Annotated[
         Key | None,
@@ -368,6 +376,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_speedup {self.max_speedup} is below min_speedup {self.min_speedup}"
             )
+        if self.prometheus_port and self.prometheus_port == self.port:
+            raise ValueError(f"prometheus_port {self.prometheus_port} is port; allowed is another")
         if self.dry_run and self.preload_only:
             raise ValueError("dry_run computes nothing, preload_only does; allowed is one of them")
         return self

@@ -19,6 +19,7 @@ from offramp_model.encoder import PackedEncoder
 from offramp_model.full_pass import layer_timer, run_through, uniform_batch
 from offramp_model.lane_buckets import open_lane
 from offramp_model.layer_loop import LayerStack, Leavers, layer_loop, start_rows
+from offramp_model.noted import NotedPolicy
 from offramp_model.policies import ExitPolicy
 from offramp_model.rows import ActiveRows, Encoding, RowSettings, TokenBatch
 from offramp_service.jobs import Answer, ExitReason, Job, Left
@@ -120,7 +121,11 @@ class Engine:
 
     @torch.inference_mode()
     def __call__(self, jobs: Sequence[Job]) -> "Course":
-        """Take a batch in; iterating it answers every job that is not abandoned, exit by exit."""
+        """Take a batch in; iterating it answers every job that is not abandoned, exit by exit.
+
+        A batch with a job that asks for the signals of all its exits does not go through the device
+        lane, which keeps those at which texts leave.
+        """
         encodings, asked = [Encoding(job.ids, job.type_ids) for job in jobs], _settings(jobs)
         inside = list(jobs)  # grows where another batch joins
 
@@ -129,15 +134,17 @@ class Engine:
             return torch.tensor(given_up, dtype=torch.bool, device=index.device)
 
         depth, score = self._stack.num_layers, scoring(self._stack.problem_type)
-        if self._lane is not None:
+        asking = [row for row, job in enumerate(jobs) if job.controls.all_signals]
+        policy = NotedPolicy(self._policy, asking)
+        if self._lane is not None and not asking:
             on_host = TokenBatch.pack(encodings)
             if self._lane.covers(on_host):
                 turns = self._lane(on_host, asked, abandoned=abandoned)
-                return Course(turns, None, inside, depth, score)
+                return Course(turns, None, inside, depth, score, policy)
         batch = TokenBatch.pack(encodings, self._device)
-        rows = start_rows(self._stack, batch, self._policy, asked)
-        turns = layer_loop(self._stack, rows, self._policy, abandoned=abandoned)
-        return Course(turns, rows, inside, depth, score)
+        rows = start_rows(self._stack, batch, policy, asked)
+        turns = layer_loop(self._stack, rows, policy, abandoned=abandoned)
+        return Course(turns, rows, inside, depth, score, policy)
 
 
 class Course:
@@ -156,9 +163,10 @@ class Course:
         jobs: list[Job],
         num_layers: int,
         score: Scoring,
+        noted: NotedPolicy,
     ) -> None:
         self._turns, self._rows, self._jobs = turns, rows, jobs
-        self._num_layers, self._score = num_layers, score
+        self._num_layers, self._score, self._noted = num_layers, score, noted
         self._pending = set(range(len(jobs)))
 
     def __iter__(self) -> Iterator[Left]:
@@ -194,6 +202,7 @@ class Course:
             raise RuntimeError("batches in the device lane cannot be joined")
         offset = len(self._jobs)
         self._rows.append(other._rows, offset)
+        self._noted.take_in(other._noted, offset)
         self._jobs += other._jobs
         self._pending |= {offset + index for index in other._pending}
 
@@ -225,7 +234,8 @@ class Course:
                 answers.append((row, error))
                 continue
             reason = self._reason(layer, by_policy=by_policy)
-            answers.append((row, Answer(label, logits, row_probs, layer, signal, reason)))
+            noted = self._noted.signals.get(row)
+            answers.append((row, Answer(label, logits, row_probs, layer, signal, reason, noted)))
         return answers
 
     def _reason(self, layer: int, *, by_policy: bool) -> ExitReason:

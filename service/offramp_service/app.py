@@ -27,7 +27,7 @@ from offramp_service.jobs import Engine as Computes
 from offramp_service.lifecycle import Lifecycle
 from offramp_service.models import Models
 from offramp_service.request_log import RequestLog
-from offramp_service.routes import classify, infer, info, predict, probes, v2
+from offramp_service.routes import classify, infer, info, predict, probes, ui, v2
 from offramp_service.routes.door import CALL, WORDING, Call
 from offramp_service.served_model import ServedModel, SettingsError
 from offramp_service.settings import Settings
@@ -77,6 +77,7 @@ def create_app(
         version=version("offramp"),
         summary="Text classification that answers as soon as it is sure.",
         lifespan=lifespan,
+        root_path=settings.root_path,
     )
     for one in DOORS:
         # Not `include_router`: it would look every request's path up twice more (0.04 ms).
@@ -84,6 +85,8 @@ def create_app(
     app.include_router(v2.router(models))
     app.include_router(probes.router(models))
     app.include_router(info.router(models))
+    if settings.ui:
+        app.router.routes.extend(ui.routes(models))
     respond = _map_errors(app, models)
     # The one added last is the first that a request meets.
     if keys is not None:

@@ -189,7 +189,7 @@ def _exit_at_once(sig: int, _: FrameType | None) -> None:
 
 
 def _greet(pipeline: Pipeline, address: tuple[str, int]) -> None:
-    """One line for a person, with something to paste into a terminal."""
+    """One line for a person, with something to paste into a terminal, and a page to open."""
     host, port = address[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
     if ":" in host and not host.startswith("["):
@@ -205,7 +205,8 @@ def _greet(pipeline: Pipeline, address: tuple[str, int]) -> None:
         log.info("listening on http://%s:%d", host, port)
     else:
         with suppress(OSError):  # nobody who is served may notice a full disk
-            print(f"{pipeline.model.name} is ready. Try: {curl}", flush=True)
+            page = f" or open http://{host}:{port}/ui" if pipeline.settings.ui else ""
+            print(f"{pipeline.model.name} is ready. Try: {curl}{page}", flush=True)
 
 
 def _print_plan(models: Models) -> None:

@@ -77,7 +77,6 @@ def create_app(
         version=version("offramp"),
         summary="Text classification that answers as soon as it is sure.",
         lifespan=lifespan,
-        root_path=settings.root_path,
     )
     for one in DOORS:
         # Not `include_router`: it would look every request's path up twice more (0.04 ms).
@@ -105,6 +104,8 @@ def create_app(
     app.add_middleware(_Farewell, lifecycle=models.lifecycle)
     if listeners := _listeners(settings, tracer):
         app.add_middleware(Witness, listeners=listeners)
+    if settings.root_path:
+        app.add_middleware(_Under, root_path=settings.root_path)
     app.state.models = models
     return app
 
@@ -125,6 +126,23 @@ class _Farewell:
             await send(message)
 
         await self._app(scope, receive, send_on)
+
+
+class _Under:
+    """A path that a proxy has put in front of ours, whether it takes it away again or not.
+
+    The server's own setting is for proxies that do.
+    """
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app, self._root_path = app, root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            root, path = self._root_path, scope["path"]
+            full = path if path.startswith(f"{root}/") else root + path
+            scope = {**scope, "root_path": root, "path": full}
+        await self._app(scope, receive, send)
 
 
 def _keyring(settings: Settings) -> Keyring | None:

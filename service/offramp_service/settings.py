@@ -76,7 +76,9 @@ def _check_endpoint(url: str) -> str:
 
 def _check_root_path(path: str) -> str:
     if path and not _ROOT_PATH.fullmatch(path):
-        raise ValueError(f"{path!r}: allowed is a path like /models/intents, without a / at its end")
+        raise ValueError(
+            f"{path!r}: allowed is a path like /models/intents, without a / at its end"
+        )
     return path
 
 

@@ -400,7 +400,7 @@ function drawPath(path, details, scale) {
 
 /* ---- Accuracy and speed ----------------------------------------------------------------------- */
 
-const BOX = { left: 46, right: 330, top: 12, bottom: 164 };
+const BOX = { left: 54, right: 330, top: 12, bottom: 164 };
 
 function drawCurve(speedup, point) {
   const picture = $("curve");

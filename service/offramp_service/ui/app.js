@@ -93,7 +93,9 @@ async function call(path, { body, signal } = {}) {
     content = await response.json();
   } catch (error) {
     if (signal?.aborted) throw error;
-    throw new Refusal(response?.status ?? 0, "the answer cannot be read", 3);
+    // The service speaks JSON, whatever happens; who does not is a proxy that cannot reach it.
+    const status = response && response.status < 500 ? response.status : 0;
+    throw new Refusal(status, "the answer cannot be read", status ? 0 : 3);
   }
   if (response.ok) return { content, headers: response.headers };
   const busy = response.status === 429 || response.status === 503;
@@ -159,7 +161,7 @@ function setSpeed() {
   const { min, max, default: usual } = info.speedup;
   const steps = Math.floor((max - min) / 0.05 + 1e-9);
   slider.min = min;
-  slider.max = min + steps * 0.05;
+  slider.max = Math.min(max, min + steps * 0.05);
   slider.disabled = steps === 0;
   slider.value = usual;
   drawSpeed();
@@ -173,12 +175,12 @@ function drawSpeed() {
   if (!point) note = "Not calibrated for this exit policy: every text runs to the last layer.";
   else if (speedup > 1) {
     const full = percent(calibrated(1)[1]);
-    note = `About ${percent(1 / speedup, 0)} of the layers; ${percent(point[1])} of held-out texts `;
+    note = `About ${percent(1 / point[0], 0)} of the layers; ${percent(point[1])} of held-out texts `;
     note += `right, ${full} at full depth.`;
   }
   $("speed-note").textContent = note;
   $("speed").setAttribute("aria-valuetext", `${speedup.toFixed(2)} times. ${note}`);
-  drawCurve(speedup, point);
+  drawCurve(point);
 }
 
 /* ---- Asking ----------------------------------------------------------------------------------- */
@@ -402,7 +404,8 @@ function drawPath(path, details, scale) {
 
 const BOX = { left: 54, right: 330, top: 12, bottom: 164 };
 
-function drawCurve(speedup, point) {
+/** The whole calibration, and on it the point that is used for what is asked. */
+function drawCurve(point) {
   const picture = $("curve");
   picture.toggleAttribute("hidden", !point);
   if (!point) {
@@ -434,13 +437,17 @@ function drawCurve(speedup, point) {
   parts.push(drawing("text", middle, "speed-up in layers"));
   const line = curve.map((one) => `${x(one[0]).toFixed(1)},${y(one[1]).toFixed(1)}`).join(" ");
   parts.push(drawing("polyline", { class: "curve", points: line }));
-  const [px, py] = [x(Math.min(speedup, fastest)), y(point[1])];
+  if (curve.length <= 20) {
+    const place = (one) => ({ class: "measured", cx: x(one[0]), cy: y(one[1]), r: 3.5 });
+    parts.push(...curve.map((one) => drawing("circle", place(one))));
+  }
+  const [px, py] = [x(point[0]), y(point[1])];
   parts.push(drawing("line", { class: "cross", x1: px, x2: px, y1: py, y2: BOX.bottom }));
   parts.push(drawing("line", { class: "cross", x1: BOX.left, x2: px, y1: py, y2: py }));
   parts.push(drawing("circle", { class: "point", cx: px, cy: py, r: 6 }));
   picture.replaceChildren(...parts);
   $("curve-note").textContent =
-    `Measured on ${count(rows, "held-out text")}: ${percent(point[1])} right at ${times(speedup)}.`;
+    `Measured on ${count(rows, "held-out text")}: ${percent(point[1])} right at ${times(point[0])}.`;
 }
 
 /** A round distance of grid lines, of which three to six fit. */

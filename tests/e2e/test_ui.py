@@ -263,6 +263,24 @@ def test_answers_that_come_too_late_are_dropped(open_page: Open) -> None:
     expect(page.locator("#problem")).to_be_hidden()
 
 
+def test_the_model_that_was_chosen_last_stays(open_page: Open) -> None:
+    page = open_page()
+    loaded(page)
+    held: list[Route] = []
+    page.route("**/info?model=several", held.append)
+    choice = page.get_by_role("combobox", name="Model")
+    choice.select_option("several")
+    while not held:
+        page.wait_for_timeout(10)
+    choice.select_option("tiny")
+    page.locator("#texts").fill("w1")
+    expect(page.locator("#answers > li")).to_have_count(1)
+    held[0].continue_()
+    page.wait_for_timeout(200)
+    expect(choice).to_have_value("tiny")
+    expect(page.locator("#facts")).to_contain_text("3 labels")
+
+
 def test_one_of_several_models_and_pairs(open_page: Open) -> None:
     page = open_page(wrong="422")
     loaded(page)

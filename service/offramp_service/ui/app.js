@@ -107,19 +107,24 @@ async function call(path, { body, signal } = {}) {
 
 let info = null; // of the model that is chosen
 let labels = [];
+let opening = 0; // the newest; who is overtaken has nothing to say
 
 async function open(name = null) {
+  const mine = ++opening;
   try {
     const [about, cards] = await Promise.all([
       call(name === null ? "info" : `info?model=${encodeURIComponent(name)}`),
       call("v1/models"),
     ]);
+    if (mine !== opening) return;
     info = about.content;
     labels = Object.values(info.model_type.classifier.id2label);
     offer(cards.content.data.map((card) => card.id));
   } catch (error) {
-    show(error, []);
-    if (error.again) setTimeout(open, error.again * 1000, name);
+    if (mine !== opening) return;
+    if (!(error instanceof Refusal)) throw error;
+    show(error);
+    if (error.again) setTimeout(() => mine === opening && open(name), error.again * 1000);
     return;
   }
   show(null);

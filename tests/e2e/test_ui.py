@@ -243,6 +243,36 @@ def test_figures_follow_what_happens(open_page: Open) -> None:
     assert said[1] in page.locator("#speed-note").inner_text()
 
 
+def test_a_page_that_nobody_sees_does_not_ask(open_page: Open) -> None:
+    page = open_page()
+    expect(page.locator("#exits-note")).to_contain_text("since the server started")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    hide = """hidden => {
+        Object.defineProperty(document, "hidden", { get: () => hidden, configurable: true });
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    page.evaluate(hide, True)
+    page.wait_for_timeout(200)  # what was under way
+    asked.clear()
+    page.wait_for_timeout(1500)
+    assert asked == []
+    page.evaluate(hide, False)
+    page.wait_for_timeout(1500)
+    assert len(asked) >= 2
+
+
+def test_nothing_moves_for_those_who_do_not_like_it(open_page: Open) -> None:
+    page = open_page()
+    loaded(page)
+    page.locator("#texts").fill("w1")
+    dot = page.locator(".dot").first
+    moves = "element => getComputedStyle(element).transitionDuration"
+    assert dot.evaluate(moves) == "0s"
+    page.emulate_media(reduced_motion="no-preference")
+    assert dot.evaluate(moves) != "0s"
+
+
 def test_answers_that_come_too_late_are_dropped(open_page: Open) -> None:
     page = open_page()
     loaded(page)

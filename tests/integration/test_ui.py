@@ -16,7 +16,7 @@ import pytest
 from pydantic import ValidationError
 
 from offramp_service.routes.ui import PATHS
-from offramp_service.settings import Settings
+from offramp_service.settings import Settings, parse_command_line
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "service/offramp_service/ui"
@@ -86,7 +86,9 @@ async def test_the_page_with_a_slash_is_the_page(client: httpx.AsyncClient) -> N
 
 
 async def test_it_can_be_left_out(running: Running) -> None:
-    async with running(ui=False) as client:
+    assert parse_command_line(["--model-id", "x"]).ui
+    off = parse_command_line(["--model-id", "x", "--no-ui"]).ui
+    async with running(ui=off) as client:
         for path in (*PATHS, "/ui/exits"):
             response = await client.get(path)
             assert (response.status_code, response.headers["content-type"]) == (

@@ -297,7 +297,7 @@ def test_the_model_that_was_chosen_last_stays(open_page: Open) -> None:
     page = open_page()
     loaded(page)
     held: list[Route] = []
-    page.route("**/info?model=several", held.append)
+    page.route("**/info?model=several", lambda route: held.append(route))
     choice = page.get_by_role("combobox", name="Model")
     choice.select_option("several")
     while not held:

@@ -17,7 +17,7 @@ PACKAGES := model kernels training service loadtest
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow test-gpu test-kserve check lint types imports spelling format \
-        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak results-quickstart results-sst2 results-objectives screenshots clean
+        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak results-quickstart results-sst2 results-objectives reference docs screenshots clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -120,6 +120,12 @@ screenshots: $(INSTALLED) ## the pictures of /ui in docs/images; needs Chromium 
 	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8
 	$(BIN)/python scripts/screenshots.py $(SST2)-int8 --name sst2 --texts $(SST2_DATA)/validation.jsonl.gz \
 	  --output docs/images
+
+reference: $(INSTALLED) ## write docs/reference/ from the code
+	$(BIN)/python scripts/reference.py
+
+docs: $(INSTALLED) ## the Python packages' documentation as HTML, in build/api
+	$(BIN)/pdoc --output-directory build/api offramp_model offramp_kernels offramp_training offramp_service offramp_loadtest
 
 clean: ## remove what can be made again (not the checkpoints)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

@@ -7,9 +7,7 @@ decides nothing itself.
 
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor
-
+from offramp_model.arrays import Array
 from offramp_model.policies import Decision, Direction, ExitPolicy, HeadOutput
 from offramp_model.rows import ActiveRows
 
@@ -32,10 +30,8 @@ class NotedPolicy:
     def direction(self) -> Direction:
         return self._policy.direction
 
-    def initial_state(
-        self, count: int, num_labels: int, device: torch.device | str
-    ) -> dict[str, Tensor]:
-        return self._policy.initial_state(count, num_labels, device)
+    def initial_state(self, count: int, num_labels: int, beside: Array) -> dict[str, Array]:
+        return self._policy.initial_state(count, num_labels, beside)
 
     def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
         decision = self._policy.decide(exit_layer, head, rows)
@@ -47,7 +43,7 @@ class NotedPolicy:
         """Go on with the rows of another batch as well, which count on from `offset`."""
         self.signals |= {row + offset: noted for row, noted in other.signals.items()}
 
-    def _note(self, exit_layer: int, rows: ActiveRows, signal: Tensor) -> None:
+    def _note(self, exit_layer: int, rows: ActiveRows, signal: Array) -> None:
         columns = (rows.row.tolist(), rows.alive.tolist(), signal.tolist())
         for row, alive, value in zip(*columns, strict=True):
             # Who has left and is still carried is not compared with anything any more.

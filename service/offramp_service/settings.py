@@ -152,6 +152,14 @@ class Settings(BaseSettings):
             "requests may come with it or without"
         ),
     ] = ""
+    prometheus_port: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=65535,
+            description="serve /metrics here too, where no key is asked for; 0: at --port alone",
+        ),
+    ] = 0
     payload_limit: Annotated[PositiveInt, Field(description="bytes of a request body")] = 2_000_000
     api_key: Annotated[
         Key | None,
@@ -171,6 +179,13 @@ class Settings(BaseSettings):
             "engine is another one beside them"
         ),
     ] = 1
+    admin_key_file: Annotated[
+        Path | None,
+        Field(
+            description="keys that open /admin/policy, where default speed-up and latency target "
+            "are read and changed, and nothing else; default: it is closed"
+        ),
+    ] = None
     cors_allow_origin: Annotated[
         tuple[Origin, ...],
         NoDecode,
@@ -349,7 +364,7 @@ class Settings(BaseSettings):
 
     # observability
     json_output: Annotated[bool, Field(description="log JSON lines")] = False
-    log_level: LogLevel = "info"
+    log_level: Annotated[LogLevel, Field(description="log this and what is worse")] = "info"
     otlp_endpoint: Annotated[
         Endpoint | None,
         Field(
@@ -382,6 +397,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_speedup {self.max_speedup} is below min_speedup {self.min_speedup}"
             )
+        if self.prometheus_port and self.prometheus_port == self.port:
+            raise ValueError(f"prometheus_port {self.prometheus_port} is port; allowed is another")
         if self.dry_run and self.preload_only:
             raise ValueError("dry_run computes nothing, preload_only does; allowed is one of them")
         return self

@@ -4,6 +4,7 @@ logs, and an engine that crashes."""
 import asyncio
 import json
 import logging
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ async def test_keys_are_in_no_log(running: Any, caplog: pytest.LogCaptureFixture
 
 async def test_a_refusal_during_the_drain_still_ends_the_connection(running: Any) -> None:
     async with running(api_key="sesame") as client:
-        client.app.state.models.default.lifecycle.phase = "draining"
+        client.app.state.models.lifecycle.phase = "draining"
         response: httpx.Response = await client.get("/info")
         assert (response.status_code, response.headers["connection"]) == (401, "close")
 
@@ -308,7 +309,7 @@ async def test_an_engine_that_cannot_be_built_anew_is_dead(
         raise SystemExit
 
     async with running() as client:
-        lifecycle = client.app.state.models.default.lifecycle
+        lifecycle = client.app.state.models.lifecycle
         monkeypatch.setattr(Engine, "warm_up", broken)
         monkeypatch.setattr(Engine, "__call__", broken)
         assert (await post(client, input="w1")).status_code == 500
@@ -339,3 +340,24 @@ async def test_a_crash_among_second_runs_costs_nobody_an_answer(running: Any) ->
     assert sample(values, "engine_rebuilds_total") == 1
     assert sample(values, "shadow_dropped_total") == 2
     assert sample(values, "request_failures_total") == 0
+
+
+async def test_metrics_at_a_port_of_their_own(running: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/metrics"
+    async with running(prometheus_port=port, api_key="k") as client, httpx.AsyncClient() as scraper:
+        there = (await scraper.get(url)).text
+        assert 'offramp_ready{model_name="tiny",model_version="1"} 1.0' in there
+        key = {"authorization": "Bearer k"}
+        here = (await client.get("/metrics", headers=key)).text
+        assert names(there) == names(here)
+    async with httpx.AsyncClient() as scraper:
+        with pytest.raises(httpx.ConnectError):
+            await scraper.get(url)
+
+
+def names(exposition: str) -> set[str]:
+    """Of the series, values left out."""
+    lines = exposition.splitlines()
+    return {line.rsplit(" ", 1)[0] for line in lines if not line.startswith("#")}

@@ -106,8 +106,13 @@ async def test_the_page_is_open_and_what_it_asks_is_not(running: Running) -> Non
         assert (await client.get("/ui/exits", headers=KEY)).status_code == 200
 
 
-async def test_under_a_path_that_a_proxy_keeps_or_takes_away(running: Running) -> None:
-    async with running(api_key="sesame", root_path="/models/tiny") as client:
+async def test_under_a_path_that_a_proxy_keeps_or_takes_away(
+    running: Running, tmp_path: Path
+) -> None:
+    operators = tmp_path / "operators"
+    operators.write_text("open\n", encoding="utf-8")
+    settings = {"api_key": "sesame", "admin_key_file": operators, "root_path": "/models/tiny"}
+    async with running(**settings) as client:
         for prefix in ("", "/models/tiny"):
             for path in FILES:
                 assert (await client.get(prefix + path)).status_code == 200
@@ -116,6 +121,10 @@ async def test_under_a_path_that_a_proxy_keeps_or_takes_away(running: Running) -
             refused = await client.post(**ask)
             assert (refused.status_code, refused.json()["error"]["type"]) == (401, "unauthorized")
             assert (await client.post(**ask, headers=KEY)).status_code == 200
+            policy = f"{prefix}/admin/policy"
+            assert (await client.get(policy, headers=KEY)).status_code == 401
+            operator = {"authorization": "Bearer open"}
+            assert (await client.get(policy, headers=operator)).status_code == 200
         assert (await client.get("/models/tinyui")).status_code == 401
         document = (await client.get("/openapi.json", headers=KEY)).json()
         assert document["servers"] == [{"url": "/models/tiny"}]

@@ -8,7 +8,7 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import PlainTextResponse, Response
 
@@ -26,10 +26,10 @@ def router(models: Models) -> APIRouter:
     routes = APIRouter(tags=["info"])
     started = int(time.time())
 
-    async def get_info(model: str | None = None) -> Response:
+    async def get_info(request: Request) -> Response:
         """Of the default model, or of the one that is named."""
         models.look()
-        content = describe(pipeline := models.of(model))
+        content = describe(pipeline := models.of(request.query_params.get("model")))
         if (table := pipeline.model.table) is not None:
             # All of it, for whoever draws it: a request gets the first point that is fast enough.
             curve = [[point.speedup, point.accuracy] for point in table.points]
@@ -53,6 +53,9 @@ def router(models: Models) -> APIRouter:
         methods=["GET"],
         response_model=None,
         responses={404: {"description": "Unknown model"}},
+        openapi_extra={
+            "parameters": [{"name": "model", "in": "query", "schema": {"type": "string"}}]
+        },
     )
     routes.add_api_route("/v1/models", get_models, methods=["GET"], response_model=None)
     routes.add_api_route(

@@ -17,7 +17,7 @@ PACKAGES := model kernels training service loadtest
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow test-gpu test-kserve check lint types imports spelling format \
-        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak results-quickstart results-sst2 results-objectives reference docs clean
+        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak results-quickstart results-sst2 results-objectives reference docs screenshots clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -114,6 +114,12 @@ bench-serve: $(INSTALLED) ## the service against its parts: rows per second, lat
 
 soak: $(INSTALLED) $(QUICKSTART)/offramp.json ## five minutes of everything at once against the quickstart server
 	$(BIN)/python service/bench/soak.py $(QUICKSTART) --texts training/data/snips/test.jsonl.gz --json docs/results/soak.json
+
+screenshots: $(INSTALLED) ## the pictures of /ui in docs/images; needs Chromium (apt-get install chromium)
+	test -e $(SST2)-int8/offramp.json || \
+	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8
+	$(BIN)/python scripts/screenshots.py $(SST2)-int8 --name sst2 --texts $(SST2_DATA)/validation.jsonl.gz \
+	  --output docs/images
 
 reference: $(INSTALLED) ## write docs/reference/ from the code
 	$(BIN)/python scripts/reference.py

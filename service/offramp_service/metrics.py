@@ -82,6 +82,7 @@ class Families:
     ) -> None:
         self.registry, self.most_layers, self.routes = registry, most_layers, routes
         self.outcomes: dict[tuple[str, str], Outcomes] = {}
+        self.exit_counts: dict[tuple[str, str], list[int]] = {}
         self._made: dict[str, Counter | Gauge | Histogram] = {}
 
     def get(
@@ -105,6 +106,9 @@ class Metrics:
         self._families, self.registry = families, families.registry
         self._num_layers = num_layers
         self._outcomes = families.outcomes.setdefault((model_name, model_version), Outcomes())
+        self._exit_counts = families.exit_counts.setdefault(
+            (model_name, model_version), [0] * families.most_layers
+        )
         self._model = {"model_name": model_name, "model_version": model_version}
         self._make_request_metrics(families.routes)
         self._make_exit_metrics()
@@ -309,6 +313,7 @@ class Metrics:
         """Texts that left together after a layer: why, and seconds since their batch was formed."""
         for reason, count in Tally(reason for reason, _ in exits).items():
             self._exits[layer, reason].inc(count)
+        self._exit_counts[layer - 1] += len(exits)
         self._samples.inc(len(exits))
         self._saved.inc(len(exits) * (self._num_layers - layer))
         for _, inference_s in exits:
@@ -340,6 +345,11 @@ class Metrics:
 
     def floor_moved(self, direction: Direction) -> None:
         self._adjustments[direction].inc()
+
+    @property
+    def exit_counts(self) -> list[int]:
+        """Texts that have left after each layer, for whoever looks too often for a scrape."""
+        return self._exit_counts[: self._num_layers]
 
     # -- Triton's statistics -----------------------------------------------------------------
 

@@ -200,6 +200,22 @@ async def test_details_and_headers(client: httpx.AsyncClient) -> None:
         assert headers[f"x-{name}-time"].isdecimal()
 
 
+async def test_who_asks_sees_the_signal_at_every_exit(client: httpx.AsyncClient) -> None:
+    texts = [f"w{number} w{number + 1}" for number in range(12)]
+    asked = {"input": texts, "speedup": 2.0}
+    plain = (await post(client, **asked, return_details=True)).json()["data"]
+    items = (await post(client, **asked, return_signals=True)).json()["data"]
+    assert len({item["details"]["exit_layer"] for item in items}) > 1
+    for item, usual in zip(items, plain, strict=True):
+        details, signals = item["details"], item["details"].pop("signals")
+        assert details.keys() == usual["details"].keys()
+        layers = [one["exit_layer"] for one in signals]
+        assert layers == [*range(1, usual["details"]["exit_layer"] + 1)]
+        values = [one["exit_signal"] for one in signals]
+        assert values[-1] == details["exit_signal"]
+        assert all(value <= details["threshold"] for value in values[:-1])
+
+
 async def test_one_text_names_its_layer_and_never_early_is_null(
     client: httpx.AsyncClient,
 ) -> None:

@@ -1,7 +1,8 @@
 """The Helm chart's own workshop: what of it is made from other files, and what is made from it.
 
     chart.py sync            write the made parts of the chart (`make chart`)
-    chart.py manifests       write deploy/kubernetes from the chart (`make manifests`)
+    chart.py manifests       write deploy/kubernetes from the chart (`make manifests`); with
+                             --to DIRECTORY, elsewhere
     chart.py lint FILE...    lint the chart with each file of values; exit 1 with the findings
     chart.py render FILE...  a JSON list: for each file of values, its objects and the notes
 
@@ -47,7 +48,7 @@ Values = dict[str, Any]
 
 
 def config_schema() -> Values:
-    """The schema of `config`: each setting with its type, bounds and meaning; null is the default."""
+    """The schema of `config`: each setting with type, bounds and meaning; null is the default."""
     from offramp_service.settings import Settings
 
     properties = {}
@@ -176,8 +177,8 @@ def lint(values: Values) -> list[str]:
     return [f"{one['path']}: {one['error']}" for one in report["messages"] if one["severity"] > 1]
 
 
-def manifests() -> dict[Path, str]:
-    """The plain manifests: objects of the chart without what only Helm needs, one file a template."""
+def manifests() -> dict[str, str]:
+    """The plain manifests by file: the chart's objects without what only Helm needs."""
     values = yaml.safe_load((MANIFESTS / "values.yaml").read_text(encoding="utf-8"))
     files = {}
     for template, documents in render(values)["objects"].items():
@@ -187,14 +188,14 @@ def manifests() -> dict[Path, str]:
             _forget_helm(document)
         head = "# Made from deploy/helm/offramp with values.yaml (`make manifests`).\n"
         body = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=100)
-        files[MANIFESTS / template] = head + body
+        files[template] = head + body
     return files
 
 
 class _Dumper(yaml.SafeDumper):
     """Texts of several lines as such, and no anchors."""
 
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+    def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
@@ -230,8 +231,9 @@ def main(command: str, *files: str) -> int:
     if command == "sync":
         sync()
     elif command == "manifests":
-        for path, content in manifests().items():
-            path.write_text(content, encoding="utf-8")
+        directory = Path(files[1]) if files[:1] == ("--to",) else MANIFESTS
+        for name, content in manifests().items():
+            (directory / name).write_text(content, encoding="utf-8")
     elif command == "lint":
         found = [f"{file}: {one}" for file in files for one in lint(_read(file))]
         print("\n".join(found) if found else f"{len(files)} files of values: nothing found")

@@ -1,4 +1,4 @@
-"""Download a checkpoint: a tar archive from a URL, checked by its sha256, unpacked into a directory.
+"""Download a checkpoint: a tar archive from a URL, checked by its sha256, into a directory.
 
     fetch.py URL SHA256 DIRECTORY
 
@@ -32,7 +32,9 @@ def main(url: str, sha256: str, directory: str) -> None:
         archive, unpacked = Path(scratch, "archive"), Path(scratch, "unpacked")
         download(url, sha256, archive)
         with tarfile.open(archive) as tar:
-            tar.extractall(unpacked, filter="data")  # nothing outside, no links to there, no devices
+            tar.extractall(
+                unpacked, filter="data"
+            )  # nothing outside, no links to there, no devices
         archive.unlink()
         checkpoint(unpacked).rename(target)
     print(f"{target} is complete")

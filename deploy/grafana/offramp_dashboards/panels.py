@@ -166,6 +166,7 @@ class HeatMap(Panel):
             .show_legend()
             .show_y_histogram()
             .cell_gap(1)
+            .hide_from(common.HideSeriesConfig().legend(False).tooltip(False).viz(False))
         )
 
 
@@ -192,7 +193,7 @@ class Table(Panel):
     def build(self) -> table.Panel:
         panel = self._ask(self._frame(table.Panel()), instant=True, form=PromQueryFormat.TABLE)
         hidden = {"Time": True, "Value": True}
-        return panel.with_transformation(
+        return panel.align(looks.FieldTextAlignment.AUTO).with_transformation(
             grafana.DataTransformerConfig(id_val="organize", options={"excludeByName": hidden})
         )
 

@@ -85,6 +85,20 @@ class Stack:
         assert len(result) <= 1
         return float(result[0]["value"][1]) if result else None
 
+    def alerts(self, name: str) -> list[dict[str, Any]]:
+        """Those of a name that Alertmanager holds."""
+        alerts = get(f"{self.alertmanager}/api/v2/alerts")
+        return [one for one in alerts if one["labels"]["alertname"] == name]
+
+    def is_firing(self, name: str) -> bool:
+        """For Prometheus, for Alertmanager, or for all that the pager knows."""
+        heard = [status for alert, status in self.pager.heard if alert == name]
+        return bool(
+            self.query(f'ALERTS{{alertname="{name}"}}')
+            or self.alerts(name)
+            or (heard and heard[-1] == "firing")
+        )
+
     def rules(self) -> list[dict[str, Any]]:
         """All rules, as Prometheus has evaluated them."""
         groups = get(f"{self.prometheus}/api/v1/rules")["data"]["groups"]

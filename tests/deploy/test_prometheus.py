@@ -100,7 +100,7 @@ def test_every_query_of_the_runbook_asks_for_what_there_is() -> None:
 def test_the_documentation_has_every_metric_and_no_other() -> None:
     text = (ROOT / "docs/monitoring.md").read_text()
     rows = re.findall(
-        r"^\| `((?:offramp|process)_\w+)` \| (\w+) \| (.*?) \| .+ \|$", text, re.MULTILINE
+        r"^\| `((?:offramp|process)_\w+)` \| (\w+) \| *(.*?) *\| .+ \|$", text, re.MULTILINE
     )
     families = {described.documented(one): one for one in described.families()}
     assert len({name for name, _, _ in rows}) == len(rows)

@@ -17,7 +17,7 @@ PACKAGES := model kernels training service loadtest
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow test-gpu test-kserve check lint types imports spelling format \
-        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak results-quickstart results-sst2 results-objectives chart manifests clean
+        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak dashboards results-quickstart results-sst2 results-objectives chart manifests clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -114,6 +114,9 @@ bench-serve: $(INSTALLED) ## the service against its parts: rows per second, lat
 
 soak: $(INSTALLED) $(QUICKSTART)/offramp.json ## five minutes of everything at once against the quickstart server
 	$(BIN)/python service/bench/soak.py $(QUICKSTART) --texts training/data/snips/test.jsonl.gz --json docs/results/soak.json
+
+dashboards: $(INSTALLED) ## write the Grafana dashboards anew
+	cd deploy/grafana && $(abspath $(BIN))/python -m offramp_dashboards
 
 chart: $(INSTALLED) ## the made parts of the Helm chart: schema of settings, table of values, copies of rules and dashboards
 	$(BIN)/python scripts/chart.py sync

@@ -17,7 +17,7 @@ PACKAGES := model kernels training service loadtest
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow test-gpu test-kserve check lint types imports spelling format \
-        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak dashboards results-quickstart results-sst2 results-objectives chart manifests clean
+        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak dashboards results-quickstart results-sst2 results-objectives chart chart-package manifests clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -120,6 +120,9 @@ dashboards: $(INSTALLED) ## write the Grafana dashboards anew
 
 chart: $(INSTALLED) ## the made parts of the Helm chart: schema of settings, table of values, copies of rules and dashboards
 	$(BIN)/python scripts/chart.py sync
+
+chart-package: $(INSTALLED) ## dist/offramp-VERSION.tgz, to be pushed to a registry of charts
+	$(BIN)/python scripts/chart.py package
 
 manifests: $(INSTALLED) ## deploy/kubernetes, as the Helm chart renders it
 	$(BIN)/python scripts/chart.py manifests

@@ -3,6 +3,7 @@
     chart.py sync            write the made parts of the chart (`make chart`)
     chart.py manifests       write deploy/kubernetes from the chart (`make manifests`); with
                              --to DIRECTORY, elsewhere
+    chart.py package         write dist/offramp-VERSION.tgz; --to as above
     chart.py lint FILE...    lint the chart with each file of values; exit 1 with the findings
     chart.py render FILE...  a JSON list: for each file of values, its objects and the notes
 
@@ -14,7 +15,6 @@ Helm itself comes as a Python library with the `dev` extra; no cluster and no ne
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,13 +227,19 @@ def _read(path: str) -> Values:
     return values
 
 
-def main(command: str, *files: str) -> int:
+def main(command: str = "", *files: str) -> int:
     if command == "sync":
         sync()
     elif command == "manifests":
         directory = Path(files[1]) if files[:1] == ("--to",) else MANIFESTS
         for name, content in manifests().items():
             (directory / name).write_text(content, encoding="utf-8")
+    elif command == "package":
+        import helm_python
+
+        directory = Path(files[1]) if files[:1] == ("--to",) else ROOT / "dist"
+        directory.mkdir(exist_ok=True)
+        print(helm_python.package(CHART, destination=directory))
     elif command == "lint":
         found = [f"{file}: {one}" for file in files for one in lint(_read(file))]
         print("\n".join(found) if found else f"{len(files)} files of values: nothing found")
@@ -241,7 +247,7 @@ def main(command: str, *files: str) -> int:
     elif command == "render":
         print(json.dumps([render(_read(file)) for file in files]))
     else:
-        print(re.sub(r"\n\n.*", "", __doc__ or "", flags=re.DOTALL), file=sys.stderr)
+        print(__doc__, file=sys.stderr)
         return 2
     return 0
 

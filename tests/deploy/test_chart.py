@@ -2,6 +2,7 @@
 
 import json
 import re
+import tarfile
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from loading import ROOT, load
 from offramp_service.settings import Settings, parse_command_line
 
 kube = load("tests/deploy/kube.py")
+promql = load("tests/deploy/promql.py")
 workshop = load("scripts/chart.py")
 
+DOCKERFILE = ROOT / "Dockerfile"
 CHART, Object = kube.CHART, dict[str, Any]
 CASES = ["default", "everything", "gpu", "hpa", "keda", "minimal"]
 MODEL = {"name": "sst2", "existingClaim": {"name": "checkpoints"}}
@@ -124,6 +127,7 @@ REFUSED: list[tuple[Object, str]] = [
     ({"image": {"digest": "sha256:1"}}, "/image/digest"),
     ({"autoscaling": {"mode": "vpa"}}, "/autoscaling/mode"),
     ({"autoscaling": {"minReplicas": 0}}, "/autoscaling/minReplicas"),
+    ({"autoscaling": {"engineBusy": 75}}, "/autoscaling/engineBusy"),
     ({"autoscaling": {"keda": {"authModes": "magic"}}}, "authModes"),
     ({"probes": {"startup": {"httpGet": {}}}}, "'httpGet'"),
     ({"terminationSlackSeconds": 0}, "/terminationSlackSeconds"),
@@ -189,8 +193,8 @@ def test_which_objects_there_are(rendered: dict[str, Object]) -> None:
     assert kinds(rendered["gpu"]) == usual
     assert kinds(rendered["hpa"]) == usual | {"HorizontalPodAutoscaler", "PodMonitor"}
     assert kinds(rendered["keda"]) == usual | {"ScaledObject", "PodMonitor"}
-    assert kinds(rendered["everything"]) >= usual | {
-        *("HorizontalPodAutoscaler", "Ingress", "PodMonitor"),
+    assert kinds(rendered["everything"]) == usual | {
+        *("HorizontalPodAutoscaler", "Ingress", "PodMonitor", "PrometheusRule"),
     }
 
 
@@ -302,6 +306,39 @@ def test_the_server_reads_what_values_say(
         assert settings.threads == 2
 
 
+@pytest.mark.skipif(not DOCKERFILE.exists(), reason="there is no Dockerfile")
+def test_what_the_image_presets_does_not_win(rendered: dict[str, Object]) -> None:
+    """Environment wins over file: what an image sets must be a flag here, or emptied."""
+    text = DOCKERFILE.read_text(encoding="utf-8").replace("\\\n", " ")
+    presets = {
+        name
+        for line in text.splitlines()
+        if line.startswith("ENV ")
+        for name in re.findall(r"([A-Z][A-Z0-9_]*)=", line)
+    }
+    main = container(rendered["default"])
+    flags = {argument.split("=")[0] for argument in main["args"]}
+    emptied = {one["name"] for one in main["env"] if one.get("value") == ""}
+    assert presets
+    for name in presets:
+        if name.lower() in Settings.model_fields:
+            assert name in emptied or f"--{name.lower().replace('_', '-')}" in flags, name
+    assert re.search(r"^USER 10001", text, re.MULTILINE)
+
+
+def test_the_package_holds_what_it_needs(tmp_path: Path) -> None:
+    """And not what it is tested with."""
+    done = kube.chart("package", "--to", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    with tarfile.open(path) as package:
+        names = {name.removeprefix("offramp/") for name in package.getnames()}
+    assert names >= {"Chart.yaml", "README.md", "values.schema.json", "files/fetch.py"}
+    assert names >= {f"files/rules/{one.name}" for one in promql.RULES}
+    assert names >= {f"files/dashboards/{one.name}" for one in promql.BOARDS}
+    assert not [name for name in names if name.startswith("ci/")]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_grace_period_is_longer_than_the_drain(rendered: dict[str, Object], case: str) -> None:
     values = yaml.safe_load((CHART / f"ci/{case}-values.yaml").read_text(encoding="utf-8"))
@@ -395,27 +432,88 @@ def test_gpus(rendered: dict[str, Object]) -> None:
     assert "nvidia.com/gpu" not in json.dumps(rendered["default"])
 
 
-def test_scaling(rendered: dict[str, Object]) -> None:
+def test_the_horizontal_autoscaler(rendered: dict[str, Object]) -> None:
     spec = kube.only(rendered["hpa"], "HorizontalPodAutoscaler")["spec"]
-    pods, cpu = spec["metrics"]
-    assert pods["pods"]["metric"]["name"] == "offramp_queue_layer_work"
-    assert cpu["resource"]["target"]["averageUtilization"] == 80
+    asked = {
+        one["pods"]["metric"]["name"]: one["pods"]["target"]["averageValue"]
+        for one in spec["metrics"]
+    }
+    assert asked == {"offramp_queue_layer_work": "450", "offramp_engine_busy": "800m"}
     assert spec["behavior"]["scaleDown"]["stabilizationWindowSeconds"] == 300
-    scaled = kube.only(rendered["keda"], "ScaledObject")["spec"]
-    prometheus, _ = scaled["triggers"]
-    assert prometheus["authenticationRef"] == {"name": "prometheus-reader"}
-    assert prometheus["metadata"]["threshold"] == pods["pods"]["target"]["averageValue"] == "450"
-    query = prometheus["metadata"]["query"]
-    assert query.startswith('sum(avg_over_time(offramp_queue_layer_work{namespace="offramp"')
-    found = re.search(r'pod=~"(.*?)"', query)
-    assert found is not None
-    assert re.fullmatch(found[1], "offramp-7d9f8b6c5d-x2k4j")
-    assert not re.fullmatch(found[1], "offramp-two-7d9f8b6c5d-x2k4j")
-    adapter = yaml.safe_load(
-        (ROOT / "deploy/helm/prometheus-adapter-values.yaml").read_text(encoding="utf-8")
+    # And the adapter serves these names.
+    text = (ROOT / "deploy/helm/prometheus-adapter-values.yaml").read_text(encoding="utf-8")
+    served = set()
+    for rule in yaml.safe_load(text)["rules"]["custom"]:
+        (series,) = promql.selectors(rule["seriesQuery"])
+        name = rule.get("name", {"matches": "^(.*)$", "as": "${1}"})
+        served.add(re.sub(name["matches"], name["as"].replace("${1}", r"\1"), series.metric))
+        query = rule["metricsQuery"].replace("<<.Series>>", series.metric)
+        query = query.replace("<<.LabelMatchers>>", 'pod=~"a|b"').replace("<<.GroupBy>>", "pod")
+        assert promql.selectors(query) == {promql.Selector(series.metric, frozenset({"pod"}))}
+        assert series.labels == {"namespace", "pod"}
+    assert served == asked.keys()
+    only_queue = kube.only(rendered["everything"], "HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert len(only_queue) == 1
+
+
+def test_keda(rendered: dict[str, Object]) -> None:
+    spec = kube.only(rendered["keda"], "ScaledObject")["spec"]
+    queue, busy = spec["triggers"]
+    assert (queue["metadata"]["threshold"], busy["metadata"]["threshold"]) == ("450", "0.75")
+    for trigger, metric in (
+        (queue, "offramp_queue_layer_work"),
+        (busy, "offramp_engine_busy_seconds_total"),
+    ):
+        assert trigger["authenticationRef"] == {"name": "prometheus-reader"}
+        query = trigger["metadata"]["query"]
+        assert promql.selectors(query) == {
+            promql.Selector(metric, frozenset({"namespace", "pod"})),
+        }
+        assert 'namespace="offramp"' in query
+        pattern = query.split('pod=~"')[1].split('"')[0]
+        assert re.fullmatch(pattern, "offramp-7d9f8b6c5d-x2k4j")
+        assert not re.fullmatch(pattern, "offramp-two-7d9f8b6c5d-x2k4j")
+
+
+def test_rules_and_dashboards_are_those_of_the_repository(rendered: dict[str, Object]) -> None:
+    objects = rendered["everything"]["objects"]
+    rules = {
+        one["metadata"]["name"].removeprefix("sentiment-"): one["spec"]
+        for one in objects["prometheusrule.yaml"]
+    }
+    assert rules == {
+        path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in promql.RULES
+    }
+    boards = {
+        name: text for one in objects["dashboards.yaml"] for name, text in one["data"].items()
+    }
+    assert boards == {path.name: path.read_text(encoding="utf-8") for path in promql.BOARDS}
+    assert all(
+        one["metadata"]["labels"]["grafana_dashboard"] == "1" for one in objects["dashboards.yaml"]
     )
-    (rule,) = adapter["rules"]["custom"]
-    assert rule["seriesQuery"].startswith("offramp_queue_layer_work{")
+
+
+def test_what_schemas_do_not_say(rendered: dict[str, Object]) -> None:
+    """Rules of the API server's own, by hand."""
+    label = re.compile(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?")
+    for one in rendered.values():
+        objects = kube.objects_of(one)
+        for each in objects:
+            assert all(label.fullmatch(value) for value in each["metadata"]["labels"].values())
+        for pod in kube.pods_of(objects).values():
+            containers = kube.containers_of(pod)
+            names = [each["name"] for each in (*containers, *pod["volumes"])]
+            assert len(set(names)) == len(names)
+            assert all(re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name) for name in names)
+            for each in containers:
+                paths = [mount["mountPath"] for mount in each["volumeMounts"]]
+                assert len(set(paths)) == len(paths)
+                assert not any(":" in path for path in paths)
+                variables = [variable["name"] for variable in each.get("env", [])]
+                assert len(set(variables)) == len(variables)
+                assert all(len(port["name"]) <= 15 for port in each.get("ports", []))
+                # Requests of what is not CPU or memory follow from limits.
+                assert each["resources"]["requests"].keys() == {"cpu", "memory"}
 
 
 def test_other_namespaces_and_names(attempt: Try) -> None:

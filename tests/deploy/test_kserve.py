@@ -14,6 +14,7 @@ import yaml
 from loading import ROOT, load
 
 kube = load("tests/deploy/kube.py")
+promql = load("tests/deploy/promql.py")
 release = load("tests/deploy/test_release.py")
 
 start, checkpoint = release.start, release.checkpoint
@@ -29,7 +30,7 @@ def read(name: str) -> Object:
 @pytest.mark.parametrize("name", ["servingruntime.yaml", "inferenceservice.yaml"])
 def test_it_is_valid(name: str) -> None:
     kube.validate(read(name))
-    broken = read(name) | {"spec": read(name)["spec"] | {"containrs": []}}
+    broken = read(name) | {"spec": read(name)["spec"] | {"container": []}}
     with pytest.raises(jsonschema.ValidationError):
         kube.validate(broken)
 
@@ -39,7 +40,10 @@ def as_pod() -> Object:
     runtime, service = read("servingruntime.yaml")["spec"], read("inferenceservice.yaml")["spec"]
     spec = {name: runtime[name] for name in ("containers", "volumes")} | {
         name: service["predictor"][name]
-        for name in ("terminationGracePeriodSeconds", "automountServiceAccountToken")
+        for name in (
+            *("terminationGracePeriodSeconds", "automountServiceAccountToken"),
+            *("enableServiceLinks", "securityContext"),
+        )
     }
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "sst2"}, "spec": spec}
 
@@ -48,16 +52,13 @@ def test_the_pod_is_valid_and_its_container_restricted() -> None:
     pod = as_pod()
     kubernetes_validate.validate(pod, kube.NEWEST, strict=True)
     kubernetes_validate.validate(pod, kube.OLDEST, strict=True)
-    # The pod's own context and links to services are KServe's to set.
-    assert kube.offences(pod["spec"]) == ["enableServiceLinks", "fsGroup"]
+    assert kube.offences(pod["spec"]) == []
     assert pod["spec"]["terminationGracePeriodSeconds"] >= 5 + 30 + 5
 
 
 def test_service_and_runtime_agree() -> None:
-    runtime, predictor = (
-        read("servingruntime.yaml"),
-        read("inferenceservice.yaml")["spec"]["predictor"],
-    )
+    runtime, service = read("servingruntime.yaml"), read("inferenceservice.yaml")
+    predictor = service["spec"]["predictor"]
     model, (container,) = predictor["model"], runtime["spec"]["containers"]
     (supported,) = runtime["spec"]["supportedModelFormats"]
     assert model["runtime"] == runtime["metadata"]["name"]
@@ -70,10 +71,11 @@ def test_service_and_runtime_agree() -> None:
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["httpGet"]["port"] == port
     (metric,) = predictor["autoScaling"]["metrics"]
-    name = read("inferenceservice.yaml")["metadata"]["name"]
-    assert (
-        f'offramp_queue_layer_work{{model_name="{name}"}}' in metric["external"]["metric"]["query"]
-    )
+    query = metric["external"]["metric"]["query"]
+    # `--served-model-name` is what the service is called.
+    assert f'offramp_queue_layer_work{{model_name="{service["metadata"]["name"]}"}}' in query
+    (series,) = promql.selectors(query)
+    assert series.labels == {"model_name"}
 
 
 def test_the_containers_command_answers_v2(

@@ -175,7 +175,8 @@ def test_a_release_from_start_to_end(
     status, metrics = ask(port, "GET", "/metrics", authorization="Bearer sesame")
     assert status == 200
     for name in ("tiny", "other"):
-        assert f'offramp_queue_layer_work{{model_name="{name}"'.encode() in metrics
+        for signal_of_load in ("offramp_queue_layer_work", "offramp_engine_busy_seconds_total"):
+            assert f'\n{signal_of_load}{{model_name="{name}"'.encode() in metrics
 
     code, said = run_smoke(release, port, "sesame", tmp_path)
     assert code == 0, said

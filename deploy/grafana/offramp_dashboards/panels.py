@@ -193,7 +193,9 @@ class Table(Panel):
     def build(self) -> table.Panel:
         panel = self._ask(self._frame(table.Panel()), instant=True, form=PromQueryFormat.TABLE)
         hidden = {"Time": True, "Value": True}
-        return panel.align(looks.FieldTextAlignment.AUTO).with_transformation(
+        panel.show_header(True).frame_index(0).align(looks.FieldTextAlignment.AUTO)
+        panel.cell_options(looks.TableAutoCellOptions())
+        return panel.with_transformation(
             grafana.DataTransformerConfig(id_val="organize", options={"excludeByName": hidden})
         )
 

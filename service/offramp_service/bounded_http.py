@@ -6,8 +6,15 @@ headers, and nothing of what the application does with them.
 """
 
 from http import HTTPStatus
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+# For connections whose last answer is still being written when the drain is over.
+_GOODBYE_S = 2
+KEEP_ALIVE_S = 75
+"""Longer than balancers keep an idle connection (60 s is common): whoever closes first must be the
+one who also sends, or requests meet a closed connection."""
 
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 65_536
@@ -66,3 +73,16 @@ class BoundedHttp(HttpToolsProtocol):
         head = b"content-length: 0\r\nconnection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[status] + head)
         return self.transport.close()
+
+
+def http_options() -> dict[str, Any]:
+    """How uvicorn serves HTTP here."""
+    return {
+        "http": BoundedHttp,
+        "ws": "none",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "timeout_keep_alive": KEEP_ALIVE_S,
+        "timeout_graceful_shutdown": _GOODBYE_S,
+    }

@@ -19,7 +19,7 @@ from offramp_service.errors import InvalidInput
 from offramp_service.jobs import LEAST_PRIORITY, MOST_PRIORITY, Controls, Depth
 from offramp_service.quality import SpeedupCorrection
 from offramp_service.schemas.shared import Asked
-from offramp_service.served_model import ServedModel, accurate_speedups
+from offramp_service.served_model import DescribedModel, accurate_speedups
 
 SPEEDUP_HEADER = "X-Speedup"
 THRESHOLD_HEADER = "X-Exit-Threshold"
@@ -52,7 +52,7 @@ class ControlDesk:
 
     def __init__(
         self,
-        model: ServedModel,
+        model: DescribedModel,
         longest_ms: int,
         floor: Callable[[], float] = lambda: 1.0,
         correction: SpeedupCorrection | None = None,
@@ -62,6 +62,11 @@ class ControlDesk:
         self._never = never(model.policy)
         self._thresholds = threshold_range(model.policy, model.config)
         self._to_the_end: ExitCounts = (*[0] * (model.num_layers - 1), 1)
+
+    @property
+    def correction(self) -> float:
+        """What requested speed-ups are multiplied with."""
+        return self._correction.factor if self._correction is not None else 1.0
 
     def resolve(self, asked: Asked, headers: Mapping[str, str]) -> Controls:
         """The controls of one request.
@@ -200,7 +205,7 @@ class ControlDesk:
         return exits[bisect_left(exits, low)], exits[exits_before - 1]
 
 
-def full_depth(model: ServedModel) -> Controls:
+def full_depth(model: DescribedModel) -> Controls:
     """Those of a text that is to run to the end, whatever its exits say."""
     layers = model.num_layers
     return Controls(never(model.policy), 1, layers, Depth.full(layers))

@@ -15,8 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from offramp_service.api_keys import Keyring
 from offramp_service.errors import Unauthorized
-from offramp_service.models import Models
-from offramp_service.routes.door import CALL, Call, Patience, Wording, request_id
+from offramp_service.routes.door import CALL, Call, Patience, Served, Wording, request_id
 from offramp_service.routes.probes import PATHS as PROBES
 
 OPEN_PATHS = frozenset((*PROBES, "/v2/health/live", "/v2/health/ready"))
@@ -31,7 +30,7 @@ class Gate:
         app: ASGIApp,
         keys: Keyring,
         doors: Mapping[str, Wording],
-        models: Models,
+        models: Served,
         refuse: Callable[[Request, Exception], Awaitable[Response]],
     ) -> None:
         self._app, self._keys, self._refuse = app, keys, refuse

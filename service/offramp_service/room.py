@@ -18,12 +18,13 @@ from offramp_service.engine_thread import EngineThread
 from offramp_service.jobs import Engine as Computes
 from offramp_service.lifecycle import Lifecycle
 from offramp_service.metrics import Families, Metrics, QualityView
-from offramp_service.pipeline import Pipeline
+from offramp_service.pipeline import RoomPipeline
 from offramp_service.quality import ExitWatch, SpeedupCorrection
 from offramp_service.scheduler import Plan, Scheduler
 from offramp_service.served_model import ServedModel
 from offramp_service.settings import Settings
 from offramp_service.shadow import ShadowWatch
+from offramp_service.slo_watch import SloWatch
 from offramp_service.turns import Turn
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,9 @@ class Room:
             shadow=ShadowWatch(rate, full_depth(model)) if rate else None,
             turn=turn,
         )
-        self.pipeline = Pipeline(
-            settings, model, self.batcher, self._metrics, lifecycle, correction
-        )
+        batcher = self.batcher
+        slo = SloWatch(settings, model, lambda: batcher.load, self._metrics)
+        self.pipeline = RoomPipeline(settings, model, batcher, self._metrics, slo, correction)
         self._thread = EngineThread(
             self.batcher, prepare=self._prepare, rebuild=self._rebuild, died=self._died
         )

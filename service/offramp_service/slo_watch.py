@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from offramp_service.metrics import Metrics
-from offramp_service.served_model import ServedModel
+from offramp_service.served_model import DescribedModel
 from offramp_service.settings import Settings
 from offramp_service.slo import Load, SloController
 
@@ -25,7 +25,7 @@ class SloWatch:
     def __init__(
         self,
         settings: Settings,
-        model: ServedModel,
+        model: DescribedModel,
         load: Callable[[], Load],
         metrics: Metrics,
         *,

@@ -224,7 +224,8 @@ ASKED = Row(
         Lines(
             title="Achieved, by what was asked for",
             question="What speed-up do texts get that asked for 1, 1.5, 2 …? Each line should be "
-            "near its name: classes are named by their least speed-up.",
+            "near its name (classes are named by their least speed-up), or above it while the SLO "
+            "controller raises them.",
             queries=[Query(_achieved("$__rate_interval"), "asked ≥ {{speedup}}")],
             least=1,
         ),

@@ -17,7 +17,8 @@ PROCESS = Row(
     [
         Lines(
             title="Processor",
-            question="How many cores does each replica use, engine and HTTP together?",
+            question="How many cores does each replica use, engine and HTTP together? With "
+            "--http-workers above 1: its engine's process.",
             queries=[
                 Query(f"rate(process_cpu_seconds_total[$__rate_interval]){OURS}", "{{instance}}")
             ],

@@ -114,6 +114,7 @@ TRAFFIC = Row(
                 ),
             ],
             unit="cps",
+            right="tokens",
             width=8,
         ),
     ],
@@ -181,6 +182,7 @@ QUEUE = Row(
                 Query("sum(offramp_queue_tokens{$sel})", "tokens"),
                 Query("sum(offramp_queue_layer_work{$sel})", "layer executions"),
             ],
+            right="tokens",
             width=8,
         ),
         Lines(
@@ -196,6 +198,7 @@ QUEUE = Row(
                 Query(_mean("offramp_batch_size"), "texts"),
                 Query(_mean("offramp_batch_tokens"), "tokens"),
             ],
+            right="tokens",
             width=8,
         ),
         Lines(

@@ -123,9 +123,10 @@ class Number(Panel):
 @dataclass(frozen=True, kw_only=True)
 class Lines(Panel):
     """How it was over time. `stacked` where the series are parts of a whole, `"percent"` for their
-    shares."""
+    shares; the series named `right` has an axis of its own, where it would dwarf the others."""
 
     stacked: Literal["no", "normal", "percent"] = "no"
+    right: str | None = None
     least: float | None = 0
 
     def build(self) -> timeseries.Panel:
@@ -144,6 +145,10 @@ class Lines(Panel):
             mode = {"normal": looks.StackingMode.NORMAL, "percent": looks.StackingMode.PERCENT}
             panel.fill_opacity(60).line_width(0)
             panel.stacking(common.StackingConfig().mode(mode[self.stacked]).group("A"))
+        if self.right is not None:
+            axis = grafana.DynamicConfigValue("custom.axisPlacement", "right")
+            label = grafana.DynamicConfigValue("custom.axisLabel", self.right)
+            panel.override_by_name(self.right, [axis, label])
         return panel.override_by_regexp(f"/{LIMITS}/", DASHED)
 
 

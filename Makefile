@@ -17,7 +17,7 @@ PACKAGES := model kernels training service loadtest
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow test-gpu test-kserve check lint types imports spelling format \
-        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak dashboards results-quickstart results-sst2 results-objectives chart chart-package manifests clean
+        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak dashboards results-quickstart results-sst2 results-objectives reference docs chart chart-package manifests clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -126,6 +126,12 @@ chart-package: $(INSTALLED) ## dist/offramp-VERSION.tgz, to be pushed to a regis
 
 manifests: $(INSTALLED) ## deploy/kubernetes, as the Helm chart renders it
 	$(BIN)/python scripts/chart.py manifests
+
+reference: $(INSTALLED) ## write docs/reference/ from the code
+	$(BIN)/python scripts/reference.py
+
+docs: $(INSTALLED) ## the Python packages' documentation as HTML, in build/api
+	$(BIN)/pdoc --output-directory build/api offramp_model offramp_kernels offramp_training offramp_service offramp_loadtest
 
 clean: ## remove what can be made again (not the checkpoints)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

@@ -31,7 +31,7 @@ RELEASE, NAMESPACE = "offramp", "offramp"
 # What the chart says itself, or what would not serve.
 OWN = {
     *("config", "model", "model_id", "served_model_name", "hostname", "port"),
-    *("api_key", "api_key_file", "dry_run", "preload_only"),
+    *("api_key", "api_key_file", "admin_key_file", "dry_run", "preload_only"),
 }
 # The grace period is reckoned from these.
 NEEDED = ("drain_seconds", "shutdown_timeout")

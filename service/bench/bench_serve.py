@@ -439,9 +439,7 @@ def _null_engine(model: ServedModel) -> NullEngine:
 
 
 def _engine(model: ServedModel) -> Engine:
-    engine = Engine(
-        model.stack, model.policy, device=model.tensor_device, threads=model.torch_threads
-    )
+    engine = Engine(model.stack, model.policy, torch_threads=model.torch_threads)
     engine.warm_up(model.max_input_length)
     return engine
 

@@ -20,6 +20,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # cores too, and sleeping at once costs the engine (docs/results/engine.md). Read when torch is
 # loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# numpy's products between two segments are too small to share: threads of its own would fight the
+# engine's for the cores. Read when numpy is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import msgspec
 import uvicorn

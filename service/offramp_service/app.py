@@ -14,11 +14,11 @@ from fastapi import FastAPI
 
 from offramp_service.jobs import Engine as Computes
 from offramp_service.models import Models
-from offramp_service.routes import info, probes, v2
+from offramp_service.routes import admin, info, probes, v2
 from offramp_service.served_model import ServedModel
 from offramp_service.settings import Settings
 from offramp_service.watched import watching
-from offramp_service.wiring import DOOR_PATHS, add_doors, open_keyring, open_tracer, surround
+from offramp_service.wiring import DOOR_PATHS, add_doors, open_keys, open_tracer, surround
 
 
 def create_app(
@@ -32,7 +32,7 @@ def create_app(
             for and the extra for them is not installed.
         KeyFileError: see `Keyring`.
     """
-    keys, tracer = open_keyring(settings), open_tracer(settings)
+    keys, tracer = open_keys(settings), open_tracer(settings)
     models = Models(
         settings,
         {settings.model_names[0]: model} if model is not None else {},
@@ -61,6 +61,8 @@ def create_app(
     app.include_router(v2.router(models))
     app.include_router(probes.router(models))
     app.include_router(info.router(models))
+    if settings.admin_key_file is not None:
+        app.include_router(admin.router(models))
     surround(app, models, keys, tracer)
     app.state.models = models
     return app

@@ -24,7 +24,7 @@ from offramp_service.jobs import Controls, Job, TimedAnswer
 from offramp_service.metrics import Metrics
 from offramp_service.quality import SpeedupCorrection
 from offramp_service.served_model import DescribedModel, ServedModel
-from offramp_service.settings import Settings
+from offramp_service.settings import Settings, SloMode
 from offramp_service.slo_watch import SloWatch
 
 # Up to here tokenising costs less than handing it to another thread and back (measured: about
@@ -273,6 +273,15 @@ class Pipeline:
         return encodings
 
 
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How speed and accuracy are traded for who does not say."""
+
+    default_speedup: float
+    slo_p95_ms: float | None
+    slo_controller: SloMode
+
+
 class RoomPipeline(Pipeline):
     """A pipeline whose engine is in this process."""
 
@@ -280,6 +289,28 @@ class RoomPipeline(Pipeline):
     batcher: Batcher
     metrics: Metrics
     slo: SloWatch
+
+    @property
+    def policy(self) -> Policy:
+        """What an operator may change while it serves."""
+        slo = self.slo
+        return Policy(self.controls.default_speedup, slo.target_p95_ms, slo.mode)
+
+    def follow(self, policy: Policy) -> None:
+        """Serve by another one from now on; whoever is inside keeps what was resolved.
+
+        Raises:
+            InvalidInput: this checkpoint cannot; nothing has changed.
+        """
+        self.controls.check_speedup(policy.default_speedup, "default_speedup")
+        if policy.slo_p95_ms is not None and self.model.table is None:
+            raise InvalidInput(
+                "slo_p95_ms goes by a calibration, and this checkpoint has none",
+                param="slo_p95_ms",
+            )
+        self.controls.default_speedup = self.slo.default_speedup = policy.default_speedup
+        self.metrics.default_speedup_set(policy.default_speedup)
+        self.slo.aim(policy.slo_p95_ms, policy.slo_controller)
 
 
 def _characters(texts: Sequence[Text]) -> int:

@@ -15,6 +15,7 @@ from offramp_service.batcher import Batcher, Limits
 from offramp_service.controls import full_depth
 from offramp_service.engine import Engine
 from offramp_service.engine_thread import EngineThread
+from offramp_service.errors import InvalidInput
 from offramp_service.jobs import Engine as Computes
 from offramp_service.lifecycle import Lifecycle
 from offramp_service.metrics import Families, Metrics, QualityView
@@ -77,6 +78,7 @@ class Room:
         batcher = self.batcher
         slo = SloWatch(settings, model, lambda: batcher.load, self._metrics)
         self.pipeline = RoomPipeline(settings, model, batcher, self._metrics, slo, correction)
+        self.policy_at_start = self.pipeline.policy
         self._thread = EngineThread(
             self.batcher, prepare=self._prepare, rebuild=self._rebuild, died=self._died
         )
@@ -129,6 +131,17 @@ class Room:
                 "num_layers": str(self.model.num_layers),
             },
         )
+        if before is not None:
+            self._go_on_from(before)
+
+    def _go_on_from(self, before: "Room") -> None:
+        """Keep what an operator has changed, if this checkpoint can."""
+        if before.pipeline.policy == before.policy_at_start:
+            return
+        try:
+            self.pipeline.follow(before.pipeline.policy)
+        except InvalidInput as error:
+            log.warning("the policy is that of the settings again: %s", error)
 
     async def close(self, farewell: str = "the server is shutting down") -> None:
         """Let go of whoever is still waiting, and end the engine's thread."""
@@ -141,9 +154,7 @@ class Room:
 
     def _make_engine(self) -> Engine:
         model = self.model
-        return Engine(
-            model.stack, model.policy, device=model.tensor_device, threads=model.torch_threads
-        )
+        return Engine(model.stack, model.policy, torch_threads=model.torch_threads)
 
     def _prepare(self) -> None:
         engine, settings, model = self._engine, self._settings, self.model

@@ -10,15 +10,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from offramp_kernels.contract import MAX_ROWS
 from offramp_model.calibration import CalibrationTable
 from offramp_model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from offramp_model.config import MultiExitConfig
 from offramp_model.layer_loop import LayerStack
 from offramp_model.onnx_stack import Device
 from offramp_model.policies import ExitPolicy, make_supported_policy
+from offramp_model.rows import MAX_ROWS
 from offramp_model.tokenizer import TextTokenizer
 from offramp_service.settings import Settings
 
@@ -79,7 +77,7 @@ class ServedModel(DescribedModel):
 
     stack: LayerStack
     device: Device
-    torch_threads: int
+    torch_threads: int | None  # None: torch does not run it
 
     @property
     def tensor_device(self) -> Device:
@@ -101,9 +99,7 @@ def load_model(settings: Settings) -> ServedModel:
         **_description(settings, checkpoint, dtype, stack.vocab_size),
         stack=stack,
         device=device,
-        # ONNX Runtime has its own threads; torch's would fight them for the cores over operations
-        # that are too small to share.
-        torch_threads=settings.engine_threads if checkpoint.backend == "torch" else 1,
+        torch_threads=settings.engine_threads if checkpoint.backend == "torch" else None,
     )
 
 
@@ -162,11 +158,19 @@ def _device(settings: Settings, checkpoint: Checkpoint) -> Device:
                 "checkpoint that they were exported from runs on both"
             )
         return "cuda" if settings.device == "cuda" else "cpu"
-    if torch.cuda.is_available():
+    if _has_cuda():
         return "cuda"
     if settings.device == "cuda":
         raise SettingsError("--device cuda: torch sees no CUDA device; allowed here: auto, cpu")
     return "cpu"
+
+
+def _has_cuda() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False  # the checkpoint says what is missing, when it is asked for its stack
+    return torch.cuda.is_available()
 
 
 def _dtype(settings: Settings, checkpoint: Checkpoint) -> str:

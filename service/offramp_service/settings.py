@@ -154,6 +154,13 @@ class Settings(BaseSettings):
             "engine is another one beside them"
         ),
     ] = 1
+    admin_key_file: Annotated[
+        Path | None,
+        Field(
+            description="keys that open /admin/policy, where default speed-up and latency target "
+            "are read and changed, and nothing else; default: it is closed"
+        ),
+    ] = None
     cors_allow_origin: Annotated[
         tuple[Origin, ...],
         NoDecode,
@@ -328,7 +335,7 @@ class Settings(BaseSettings):
 
     # observability
     json_output: Annotated[bool, Field(description="log JSON lines")] = False
-    log_level: LogLevel = "info"
+    log_level: Annotated[LogLevel, Field(description="log this and what is worse")] = "info"
     otlp_endpoint: Annotated[
         Endpoint | None,
         Field(

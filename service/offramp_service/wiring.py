@@ -4,6 +4,7 @@ whoever is told of finished requests. Where the models are, it does not know.
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,18 @@ _DOORS = (predict, classify, infer)
 DOOR_PATHS = tuple(path for one in _DOORS for path in one.PATHS)
 
 
+@dataclass(frozen=True)
+class Keys:
+    """Those of clients, and those of who may change how it is served; None: nobody is asked."""
+
+    clients: Keyring | None
+    admin: Keyring | None
+
+    @property
+    def any(self) -> bool:
+        return self.clients is not None or self.admin is not None
+
+
 def add_doors(app: FastAPI, models: Served) -> None:
     """The routes that classify."""
     for one in _DOORS:
@@ -40,14 +53,21 @@ def add_doors(app: FastAPI, models: Served) -> None:
         app.router.routes.extend(one.router(models).routes)
 
 
-def surround(app: FastAPI, models: Served, keys: Keyring | None, tracer: "Tracer | None") -> None:
+def surround(app: FastAPI, models: Served, keys: Keys, tracer: "Tracer | None") -> None:
     """All that a request passes on its way to a route, and its answer on its way back."""
     settings = models.settings
     respond = _map_errors(app, models)
     # The one added last is the first that a request meets.
-    if keys is not None:
+    if keys.any:
         wordings = {path: one.wording(settings) for one in _DOORS for path in one.PATHS}
-        app.add_middleware(Gate, keys=keys, doors=wordings, models=models, refuse=respond)
+        app.add_middleware(
+            Gate,
+            keys=keys.clients,
+            admin_keys=keys.admin,
+            doors=wordings,
+            models=models,
+            refuse=respond,
+        )
     if settings.cors_allow_origin:
         # Before the gate: a browser asks for leave without a key. No cookies, so that "*" in what
         # is exposed means all headers; and whatever a page sends is checked where it is read.
@@ -81,12 +101,17 @@ class _Farewell:
         await self._app(scope, receive, send_on)
 
 
-def open_keyring(settings: Settings) -> Keyring | None:
-    """None: everybody may ask."""
-    key, path = settings.api_key, settings.api_key_file
-    if key is None and path is None:
-        return None
-    return Keyring(key.get_secret_value() if key is not None else None, path)
+def open_keys(settings: Settings) -> Keys:
+    """Read the keys.
+
+    Raises:
+        KeyFileError: see `Keyring`.
+    """
+    key, path, admin = settings.api_key, settings.api_key_file, settings.admin_key_file
+    clients = None
+    if key is not None or path is not None:
+        clients = Keyring(key.get_secret_value() if key is not None else None, path)
+    return Keys(clients, Keyring(None, admin) if admin is not None else None)
 
 
 def open_tracer(settings: Settings) -> "Tracer | None":

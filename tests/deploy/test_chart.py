@@ -134,6 +134,7 @@ REFUSED: list[tuple[Object, str]] = [
     ({"resources": {"cpu": 1}}, "'cpu'"),
     ({"networkPolicy": {"clients": [{}]}}, "/networkPolicy/clients/0"),
     ({"podMonitor": {"interval": "15"}}, "/podMonitor/interval"),
+    ({"apiKeys": {"adminFile": "admin"}}, "apiKeys.existingSecret names none"),
     ({"ingress": {"enabled": True}}, "ingress.enabled needs ingress.hosts"),
     ({"gpu": {"enabled": True}, "config": {"device": "cpu"}}, "allowed is one of them"),
 ]
@@ -402,6 +403,7 @@ def test_keys(attempt: Try) -> None:
     assert endpoint["authorization"]["credentials"] == {"name": "k", "key": "scrape"}
     assert "API_KEY" in [variable["name"] for variable in smoke(one)["env"]]
     assert 'authorization: Bearer $KEY"' in one["notes"]
+    assert "admin" not in config["data"]["offramp.yaml"]
     without = attempt({})
     assert "No API keys" in without["notes"]
     assert "env" not in smoke(without)

@@ -210,6 +210,7 @@ def test_a_dry_run_of_everything(
     release = rendered["everything"]
     kube.lay_out_config(release, tmp_path)
     write_secret(tmp_path / "etc/offramp/keys", 1, "sesame\n")
+    (tmp_path / "etc/offramp/keys/admin").write_text("parsley\n", encoding="utf-8")
     for place in ("claims/checkpoints/sst2", "fetched/intent.v2", "fetched/spam", "images/topics"):
         shutil.copytree(checkpoint, tmp_path / "models" / place)
     (container,) = kube.only(release, "Deployment")["spec"]["template"]["spec"]["containers"]

@@ -138,6 +138,7 @@ def state_of(models: Models) -> State:
         [
             ModelState(
                 *(one.model.name, one.model.sha, one.model.vocab_size),
+                default_speedup=one.controls.default_speedup,
                 floor=one.slo.floor(),
                 correction=one.controls.correction,
             )

@@ -53,7 +53,7 @@ from offramp_service.quality import SpeedupCorrection
 from offramp_service.routes.door import read_body
 from offramp_service.served_model import DescribedModel, describe_model
 from offramp_service.settings import Settings
-from offramp_service.wiring import add_doors, open_keyring, open_tracer, surround
+from offramp_service.wiring import add_doors, open_keys, open_tracer, surround
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,8 @@ class FrontModels:
         self.lifecycle.phase = state.phase
         for one in state.models:
             self._floor(one.name).value = one.floor
+            if (pipeline := self._pipelines.get(one.name)) is not None:
+                pipeline.controls.default_speedup = one.default_speedup
             if self.settings.speedup_correction:
                 self._correction(one.name).factor = one.correction
 
@@ -266,7 +268,7 @@ def create_front(front: Front) -> FastAPI:
         KeyFileError, SettingsError: see `create_app`.
     """
     models = front.models
-    keys, tracer = open_keyring(models.settings), open_tracer(models.settings)
+    keys, tracer = open_keys(models.settings), open_tracer(models.settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -122,6 +122,7 @@ class ModelState(msgspec.Struct, array_like=True):
     name: str
     sha: str
     vocab_size: int
+    default_speedup: float
     floor: float  # of speed-ups
     correction: float  # of speed-ups
 

@@ -96,7 +96,7 @@ def describe(pipeline: RoomPipeline) -> dict[str, Any]:
         "exit_layers": model.config.exit_layers,
         "exit_policy": model.policy.name,
         "speedup": {
-            "default": model.default_speedup,
+            "default": pipeline.controls.default_speedup,
             "min": model.min_speedup,
             "max": model.max_speedup,
         },

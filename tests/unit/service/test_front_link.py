@@ -47,7 +47,7 @@ messages = st.one_of(
     st.builds(Fetched, st.integers(0), st.integers(100, 599), st.just([(b"a", b"b")]), st.binary()),
     st.builds(Holds, st.dictionaries(st.text(), st.lists(st.text()))),
     st.builds(Leave, st.floats(allow_nan=False)),
-    st.just(State("draining", [ModelState("m", "sha", 7, 1.5, 0.9)])),
+    st.just(State("draining", [ModelState("m", "sha", 7, 2.0, 1.5, 0.9)])),
 )
 
 

@@ -88,7 +88,10 @@ capabilities: {drop: [ALL]}
 {{- end -}}
 {{- if .Values.apiKeys.existingSecret -}}
 api_key_file: "/etc/offramp/keys/keys"
+{{ if .Values.apiKeys.adminFile -}}
+admin_key_file: "/etc/offramp/keys/admin"
 {{ end -}}
+{{- end -}}
 model:
 {{- range .Values.models }}
   - {{ printf "%s=%s" .name (include "offramp.modelDirectory" .) | toJson }}

@@ -762,6 +762,7 @@ async def test_an_engine_that_dies_is_seen_by_everybody(
         raise SystemExit
 
     async with running() as client:
+        assert sample(await series(client), "alive") == 1
         monkeypatch.setattr(Engine, "__call__", fatal)
         responses = [await post(client, input="w1") for _ in range(3)]
         # The first is built anew; the second is the last.
@@ -770,9 +771,10 @@ async def test_an_engine_that_dies_is_seen_by_everybody(
         async with asyncio.timeout(10):
             while (await client.get("/livez")).status_code == 200:  # noqa: ASYNC110 - see `until`
                 await asyncio.sleep(0.001)
-        # One truth for the probe and for the gauge.
+        # One truth for the probes and for the gauges.
         assert (await client.get("/readyz")).status_code == 503
-        assert sample(await series(client), "ready") == 0
+        values = await series(client)
+        assert sample(values, "ready") == sample(values, "alive") == 0
     assert "the engine thread died" in caplog.text
 
 

@@ -334,17 +334,15 @@ def _exit_layers(report: Mapping[str, Any]) -> str:
     num_layers = report["target"]["num_layers"] or max(
         int(n) for one in parts.values() for n in one
     )
+    # In the colours that they have in the other plots, where the first is of all together.
+    colours = {name: (place + (len(parts) > 1)) % COLOURS for place, name in enumerate(parts)}
     groups = []
     for layer in range(1, num_layers + 1):
         group = [
-            (
-                f"{name}, layer {layer}",
-                counts.get(str(layer), 0) / sum(counts.values()),
-                place % COLOURS,
-            )
-            for place, (name, counts) in enumerate(parts.items())
+            (f"{name}, layer {layer}", counts.get(str(layer), 0) / sum(counts.values()), colour)
+            for (name, counts), colour in zip(parts.items(), colours.values(), strict=True)
         ]
         groups.append((str(layer), group))
-    drawn = svg.bars(groups, "share of texts", "exit layer", lambda value: f"{value:.0%}")
-    keys = [(name, place % COLOURS) for place, name in enumerate(parts)]
-    return _chart("Exit layers", drawn, svg.legend(keys))
+    share = "{:.0%}".format
+    drawn = svg.bars(groups, "share of texts", "exit layer", share, most=1.0)
+    return _chart("Exit layers", drawn, svg.legend([*colours.items()]))

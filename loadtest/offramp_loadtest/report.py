@@ -16,7 +16,9 @@ from offramp_loadtest.running import Measured
 from offramp_loadtest.scenario import Closed, Scenario, Slo
 
 FORMAT = 1
-TIMELINE_SLOTS = 150
+TIMELINE_SLOTS, FEWEST_SLOTS = 120, 12
+REQUESTS_IN_A_SLOT = 50
+"""At least, on average, where that leaves enough slots: quantiles of fewer say little."""
 
 LATE_MS = 1.0
 """More lateness than this at p99 is warned of, where it is no small part of the latency."""
@@ -238,7 +240,8 @@ def _part(tally: Tally, num_layers: int | None) -> Figures:
 
 def _timeline(timeline: Timeline, warm_up_s: float, num_layers: int | None) -> list[Figures]:
     """Latencies of what was due in each slot; what was answered in it."""
-    shown = timeline.at_most(TIMELINE_SLOTS)
+    enough = sum(one.due for one in timeline.slots) // REQUESTS_IN_A_SLOT
+    shown = timeline.at_most(min(TIMELINE_SLOTS, max(FEWEST_SLOTS, enough)))
     first = math.ceil(warm_up_s / shown.slot_s - 1e-6)
     found = []
     for place, slot in enumerate(shown.slots[first:], first):

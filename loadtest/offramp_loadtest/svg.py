@@ -82,7 +82,7 @@ def lines(shown: Sequence[Line], x: Axis, y: Axis, x_title: str, y_title: str) -
         dash = " dashed" if one.dashed else ""
         for run in _runs(one.points):
             places = " ".join(f"{LEFT + x.place(a):.1f},{_down(y, b):.1f}" for a, b in run)
-            title = escape(f"{one.name}")
+            title = escape(one.name)
             if len(run) == 1:
                 a, b = places.split(",")
                 parts.append(f'<circle class="dot c{one.colour}" cx="{a}" cy="{b}" r="2"/>')
@@ -99,10 +99,11 @@ def bars(
     y_title: str,
     x_title: str = "",
     show: Callable[[float], str] = number,
+    most: float | None = None,
 ) -> str:
     """Groups of bars, each (name, value, colour), with the value above."""
     values = [value for _, group in groups for _, value, _ in group]
-    y = linear(max(values, default=1.0) * 1.08, HEIGHT - TOP - BOTTOM)
+    y = linear(most or max(values, default=1.0) * 1.08, HEIGHT - TOP - BOTTOM)
     x = Axis(0, len(groups) or 1, WIDTH - LEFT - RIGHT)
     parts = [_frame(x, y, x_title, y_title)]
     for place, (name, group) in enumerate(groups):

@@ -26,8 +26,8 @@ from offramp_loadtest.http_client import Address, Connections, Reply
 from offramp_loadtest.question import Outcome, Question
 from offramp_loadtest.timer import Timer
 
-START_S = 1.0
-"""From planning to the first request: processes start, and begin together."""
+START_S = 0.2
+"""From planning to the first request of a benchmark."""
 PATIENCE_S = 60.0
 """After the last request was due, for answers still to come."""
 

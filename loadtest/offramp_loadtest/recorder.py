@@ -174,7 +174,7 @@ class Recorder:
     def note(self, outcome: Outcome) -> None:
         question = outcome.question
         due_s = outcome.due - self._start
-        if due_s < self._warm_up_s:
+        if due_s < self._warm_up_s - 1e-6:  # clocks are not that exact
             self.warm_up += 1
             return
         self.lateness.record(outcome.lateness_s)

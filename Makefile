@@ -16,8 +16,8 @@ INSTALLED := $(VENV)/.installed
 PACKAGES := model kernels training service loadtest
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow test-gpu test-kserve check lint types imports spelling format \
-        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak results-quickstart results-sst2 results-objectives clean
+.PHONY: help install serve test test-slow test-gpu test-kserve test-locust check lint types imports spelling format \
+        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve bench-load soak results-quickstart results-sst2 results-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -47,6 +47,11 @@ test-kserve: $(INSTALLED) $(QUICKSTART)/offramp.json ## KServe's own client, in 
 	test -x $(VENV)-kserve/bin/python || $(PYTHON) -m venv $(VENV)-kserve
 	$(VENV)-kserve/bin/python -m pip --quiet --disable-pip-version-check install kserve==0.21.0
 	$(BIN)/python tests/clients/kserve_client.py --server $(QUICKSTART) --client $(VENV)-kserve/bin/python
+
+test-locust: $(INSTALLED) $(QUICKSTART)/offramp.json ## the locust file, in an environment of its own, against the quickstart server
+	test -x $(VENV)-locust/bin/python || $(PYTHON) -m venv $(VENV)-locust
+	$(VENV)-locust/bin/python -m pip --quiet --disable-pip-version-check install locust==2.47.0
+	$(BIN)/python tests/clients/locust_run.py $(QUICKSTART) --locust $(VENV)-locust/bin/locust
 
 check: lint types imports spelling test ## everything that must hold before a change goes in
 
@@ -111,6 +116,9 @@ bench-serve: $(INSTALLED) ## the service against its parts: rows per second, lat
 	test -e $(SST2)-int8/offramp.json || \
 	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8
 	$(BIN)/python service/bench/bench_serve.py $(SST2)-int8 --data $(SST2_DATA) --json docs/results/serve.json
+
+bench-load: $(INSTALLED) ## how much load one process of the generator offers and is still on time
+	$(BIN)/python loadtest/bench/bench_generator.py --json docs/results/loadtest.json
 
 soak: $(INSTALLED) $(QUICKSTART)/offramp.json ## five minutes of everything at once against the quickstart server
 	$(BIN)/python service/bench/soak.py $(QUICKSTART) --texts training/data/snips/test.jsonl.gz --json docs/results/soak.json

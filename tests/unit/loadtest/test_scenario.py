@@ -65,7 +65,10 @@ def test_all_shipped_scenarios_are_scenarios() -> None:
         ),
         ({"arrivals": {"pattern": "waves"}}, "'constant', 'poisson', 'bursty', 'step'"),
         ({"arrivals": {"pattern": "poisson", "rate": 0, "seconds": 1}}, "rate: 0 given: input "),
-        ({"arrivals": {"pattern": "poisson", "rate": "9", "seconds": 1}}, "rate: '9' given: input "),
+        (
+            {"arrivals": {"pattern": "poisson", "rate": "9", "seconds": 1}},
+            "rate: '9' given: input ",
+        ),
         (
             {"arrivals": {"pattern": "step", "steps": [{"rate": 0, "seconds": 1}]}},
             "nothing would be due",

@@ -79,6 +79,7 @@ def page(report: Mapping[str, Any]) -> str:
         _rates_over_time(report),
         _statuses(report),
         _exit_layers(report),
+        _accuracies(report),
         _speedup_over_time(report),
     ]
     parts = [
@@ -334,15 +335,35 @@ def _exit_layers(report: Mapping[str, Any]) -> str:
     num_layers = report["target"]["num_layers"] or max(
         int(n) for one in parts.values() for n in one
     )
-    # In the colours that they have in the other plots, where the first is of all together.
-    colours = {name: (place + (len(parts) > 1)) % COLOURS for place, name in enumerate(parts)}
+    colours = _colours(report)
     groups = []
     for layer in range(1, num_layers + 1):
         group = [
             (f"{name}, layer {layer}", counts.get(str(layer), 0) / sum(counts.values()), colour)
-            for (name, counts), colour in zip(parts.items(), colours.values(), strict=True)
+            for name, counts, colour in ((one, parts[one], colours[one]) for one in parts)
         ]
         groups.append((str(layer), group))
     share = "{:.0%}".format
     drawn = svg.bars(groups, "share of texts", "exit layer", share, most=1.0)
-    return _chart("Exit layers", drawn, svg.legend([*colours.items()]))
+    keys = [(name, colours[name]) for name in parts]
+    return _chart("Exit layers", drawn, svg.legend(keys))
+
+
+def _accuracies(report: Mapping[str, Any]) -> str:
+    """What each kind of controls costs in right answers, where they are known."""
+    colours = _colours(report)
+    groups = [
+        (name, [(name, part["accuracy"]["accuracy"], colours[name])])
+        for name, part in report["by"].get("controls", {}).items()
+        if part["accuracy"]
+    ]
+    if not groups:
+        return ""
+    drawn = svg.bars(groups, "share of texts", "asked for", "{:.3f}".format, most=1.0)
+    return _chart("Right labels", drawn, note="Of texts whose label is known.")
+
+
+def _colours(report: Mapping[str, Any]) -> dict[str, int]:
+    """Of each kind of controls, in all plots; where they are several, the first is of all."""
+    names = report["by"].get("controls", {})
+    return {name: (place + (len(names) > 1)) % COLOURS for place, name in enumerate(names)}

@@ -58,9 +58,13 @@ class Address:
     tls: bool = False
     prefix: str = ""
 
+    @property
+    def authority(self) -> str:
+        """Host and port, as a request names them."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.prefix}"
+        return f"{'https' if self.tls else 'http'}://{self.authority}{self.prefix}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ def post(
     """A request with a body, ready to be sent."""
     lines = (
         f"POST {address.prefix}{path} HTTP/1.1",
-        f"host: {address.host}:{address.port}",
+        f"host: {address.authority}",
         f"content-type: {content_type}",
         f"content-length: {len(body)}",
         *headers,
@@ -91,9 +95,9 @@ def post(
 
 def get(address: Address, path: str) -> bytes:
     """A request without a body, ready to be sent."""
-    return (
-        f"GET {address.prefix}{path} HTTP/1.1\r\nhost: {address.host}:{address.port}\r\n\r\n"
-    ).encode("latin-1")
+    return (f"GET {address.prefix}{path} HTTP/1.1\r\nhost: {address.authority}\r\n\r\n").encode(
+        "latin-1"
+    )
 
 
 class Connection(asyncio.Protocol):

@@ -84,7 +84,8 @@ def _ask(address: Address, headers: Sequence[str], trust: ssl.SSLContext | None)
     else:
         connection = HTTPConnection(address.host, address.port, timeout=ASK_TIMEOUT_S)
     try:
-        named = dict(one.split(": ", 1) for one in headers)
+        parts = (one.partition(":") for one in headers)
+        named = {name: value.strip() for name, _, value in parts}
         connection.request("GET", f"{address.prefix}/info", headers=named)
         response = connection.getresponse()
         body = response.read()

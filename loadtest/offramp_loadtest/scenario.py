@@ -30,7 +30,7 @@ from offramp_loadtest.doors import DOORS
 from offramp_loadtest.http_client import Address
 from offramp_loadtest.texts import Lengths, always, lognormal, uniform
 
-SHIPPED = Path(__file__).parents[1] / "scenarios"
+SHIPPED = Path(__file__).parent / "scenarios"
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = PositiveFloat

@@ -2,6 +2,7 @@
 folders are not packages."""
 
 import asyncio
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ class Server:
     delay_s: float = 0.0
     pieces: int = 1
     hang_up: bool = False
+    tls: ssl.SSLContext | None = None
     requests: list[bytes] = field(default_factory=list)
     cut_off: int = 0  # requests whose client left while it sent them
     most_inside: int = 0
@@ -77,10 +79,12 @@ def running() -> Iterator[Serve]:
 
     def start(server: Server) -> Server:
         made = asyncio.run_coroutine_threadsafe(
-            asyncio.start_server(server.serve, "127.0.0.1", 0), loop
+            asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=server.tls), loop
         ).result(10)
         listening.append(made)
-        server.address = Address("127.0.0.1", made.sockets[0].getsockname()[1])
+        server.address = Address(
+            "127.0.0.1", made.sockets[0].getsockname()[1], server.tls is not None
+        )
         return server
 
     yield start

@@ -2,12 +2,14 @@
 
 import json
 import socket
+import ssl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from loading import load
 from offramp_loadtest.__main__ import DONE, MISSED, UNREACHABLE, WRONG, main
@@ -119,6 +121,23 @@ def test_a_trace_and_a_closed_loop(server: Any, tmp_path: Path) -> None:
     report = json.loads(out.read_text())
     assert report["generator"]["connections"] == 3
     assert any("closed loop" in one for one in report["warnings"])
+
+
+def test_over_tls_only_who_is_trusted_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    ca_file, out = tmp_path / "ca.pem", tmp_path / "r.json"
+    authority.cert_pem.write_to_path(str(ca_file))
+    with support.running() as start:
+        server = start(support.Server(answer=respond, tls=context))
+        words = ["--target", f"https://127.0.0.1:{server.address.port}", "--header", "x-open: 1"]
+        words += ["--rate", "50", "--seconds", "0.4", "--pattern", "constant", "--quiet"]
+        assert main([*words, "--set", f"target.ca_file={ca_file}", "--json", str(out)]) == DONE
+        assert json.loads(out.read_text())["requests"]["statuses"] == {"200": 20}
+        assert main(words) == UNREACHABLE
+    assert "certificate verify failed" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(120)

@@ -225,10 +225,11 @@ def test_the_page_has_every_plot_and_asks_for_nothing() -> None:
         "Statuses",
         "Exit layers",
         "Speed-up over time",
+        "Right labels",
         "By what requests differ in",
     ):
         assert title in found
-    assert found.count("<svg") == 6
+    assert found.count("<svg") == 7
     assert ">missed<" in found
     assert ">met<" in found
     for asking in ("<script", "<link", "<img", "@import", "url(", 'src="'):

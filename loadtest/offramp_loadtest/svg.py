@@ -60,7 +60,7 @@ def between(least: float, most: float, length: float) -> Axis:
     """A length of time: rounded ticks, no rounding of the ends."""
     inner = linear(most - least, length)
     ticks = [
-        (least + at, number(least + at)) for at, _ in inner.ticks if least + at <= most * 1.001
+        (least + at, number(least + at)) for at, _ in inner.ticks if at <= (most - least) * 1.001
     ]
     return Axis(least, max(most, least + 1e-9), length, ticks=ticks)
 

@@ -222,22 +222,28 @@ def run(scenario: Scenario, environment: Mapping[str, str], show: Show) -> Measu
         check_trace(scenario.arrivals)
     server = ask_servers(scenario, headers)
     shares = [Share(scenario, server, headers, place) for place in range(scenario.processes)]
-    busy = _Busy()
-    started = datetime.now(UTC)
-    if len(shares) == 1:
-        worker = Worker(shares[0])
-        started, busy = datetime.now(UTC), _Busy()
-        results = [worker.run(time.perf_counter() + LEAD_S, show)]
-    else:
-        results = _run_together(shares, show)
+    results, started, busy = (_run_alone if len(shares) == 1 else _run_together)(shares, show)
     recorder = Recorder()
     for one, _ in results:
         recorder.add(one)
     efforts = [effort for _, effort in results]
-    return Measured(scenario, server, started, recorder, efforts, busy.share())
+    return Measured(scenario, server, started, recorder, efforts, busy)
 
 
-def _run_together(shares: Sequence[Share], show: Show) -> list[tuple[Recorder, Effort]]:
+Results = list[tuple[Recorder, Effort]]
+"""Process by process."""
+Course = tuple[Results, datetime, float | None]
+"""With when it began, and how busy the machine was."""
+
+
+def _run_alone(shares: Sequence[Share], show: Show) -> Course:
+    worker = Worker(shares[0])
+    started, busy = datetime.now(UTC), _Busy()
+    results = [worker.run(time.perf_counter() + LEAD_S, show)]
+    return results, started, busy.share()
+
+
+def _run_together(shares: Sequence[Share], show: Show) -> Course:
     """Each in a process of its own, that says when it is ready, and what it sees and has seen."""
     context = get_context("spawn")
     pipes: list[Connection] = []
@@ -252,25 +258,31 @@ def _run_together(shares: Sequence[Share], show: Show) -> list[tuple[Recorder, E
 
     def stop(*_: object) -> None:
         for process in processes:
-            if process.pid is not None and process.is_alive():
-                process.terminate()
+            process.terminate()  # which ends the sending, see the loops
 
     before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         for pipe in pipes:
             _receive(pipe)  # ready
+        started, busy = datetime.now(UTC), _Busy()
         start = time.perf_counter() + LEAD_S
         for pipe in pipes:
             pipe.send(start)
-        return _gather(pipes, show)
+        return _gather(pipes, show), started, busy.share()
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         for process in processes:
             process.join(10)
+        for pipe in pipes:
+            pipe.close()
 
 
-def _gather(pipes: Sequence[Connection], show: Show) -> list[tuple[Recorder, Effort]]:
+def _gather(pipes: Sequence[Connection], show: Show) -> Results:
     results: dict[Connection, tuple[Recorder, Effort]] = {}
     moments: dict[Connection, Moment] = {}
     while len(results) < len(pipes):

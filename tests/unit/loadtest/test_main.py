@@ -1,9 +1,13 @@
 """The command against a made-up server: flags, files, exit codes."""
 
 import json
+import multiprocessing
+import signal
 import socket
 import ssl
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +161,38 @@ def test_processes_share_a_run_and_reports_are_merged(
     assert "<svg" in html.read_text()
     one.write_text("{}")
     assert main(["merge", str(one), str(two)]) == WRONG
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ctrl_c_ends_the_sending_and_tells_what_there_is(
+    server: Any, tmp_path: Path, processes: str
+) -> None:
+    out = tmp_path / "r.json"
+    words = ["--port", str(server.address.port), "--rate", "50", "--seconds", "300"]
+    words += ["--header", "x-open: 1", "--json", str(out), "--processes", processes]
+    command = [sys.executable, "-m", "offramp_loadtest", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 30
+        while len(server.requests) < 20:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == DONE
+    report = json.loads(out.read_text())
+    assert 15 <= report["requests"]["due"] < 1000
+    assert report["seconds"] < 20
+    assert set(report["requests"]["statuses"]) == {"200"}
+
+
+def test_what_a_process_cannot_do_is_told_and_ends_all(
+    server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = time.monotonic()
+    words = command(server, "--processes", "3", "--texts", str(tmp_path / "none.jsonl"))
+    assert main(words) == WRONG
+    assert "texts.file: " in capsys.readouterr().err
+    assert time.monotonic() - began < 20
+    assert multiprocessing.active_children() == []
 
 
 def test_scenarios_are_listed_and_checked(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,10 +73,10 @@ def test_every_door_is_asked_and_understood(
 ) -> None:
     """Labels are the server's own at full depth, so whatever is misread lowers the accuracy."""
     flags = ["--texts", str(deployment.labelled), "--door", door, "--batch", str(batch)]
-    flags += ["--pattern", "constant", "--rate", "40", "--seconds", "1"]
+    flags += ["--pattern", "constant", "--rate", "60", "--seconds", "0.5"]
     report = run(deployment, tmp_path, "run", *flags, *NEVER_EARLY)
-    assert report["requests"]["statuses"] == {"200": 40}
-    texts = 40 * max(1, batch)
+    assert report["requests"]["statuses"] == {"200": 30}
+    texts = 30 * max(1, batch)
     assert report["accuracy"] == {"texts": texts, "accuracy": 1.0}
     assert report["exits"]["speedup_achieved"] == 1.0
     assert report["exits"]["texts"] == texts
@@ -90,7 +90,7 @@ def test_every_door_is_asked_and_understood(
 def test_every_door_refuses_what_is_malformed(
     deployment: Deployment, tmp_path: Path, door: str
 ) -> None:
-    flags = ["--door", door, "--malformed-share", "1", "--rate", "60", "--seconds", "1"]
+    flags = ["--door", door, "--malformed-share", "1", "--rate", "100", "--seconds", "0.6"]
     report = run(deployment, tmp_path, "run", *flags)
     assert report["requests"]["malformed_wrongly_answered"] == 0
     assert len(report["requests"]["malformed"]) >= 4
@@ -106,13 +106,13 @@ SHORT = {
     "long-texts": (),
     "soak": (),
 }
-STEPS = "arrivals.steps=[{rate=30.0, seconds=1.0}, {rate=90.0, seconds=1.0}]"
+STEPS = "arrivals.steps=[{rate=30.0, seconds=0.8}, {rate=120.0, seconds=0.8}]"
 
 
 @pytest.mark.parametrize("name", list(shipped()))
 def test_every_scenario_in_short(deployment: Deployment, tmp_path: Path, name: str) -> None:
     """Without its bounds on latency: the machine of a test may be busy with others."""
-    length = ("--set", STEPS) if name == "step-overload" else ("--seconds", "2")
+    length = ("--set", STEPS) if name == "step-overload" else ("--seconds", "1.5")
     report = run(
         *(deployment, tmp_path, "run", name, *length, "--warm-up", "0.2", *SHORT[name]),
         *("--slo-error-share", "0.2", "--slo-p99-ms", "60000"),

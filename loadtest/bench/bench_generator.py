@@ -92,11 +92,14 @@ def measure(arguments: argparse.Namespace) -> Figures:
                 )
         long = offer(server, arguments.long_rate, arguments.long_seconds, 1, 0)
     good = [float(rate) for rate, rounds in found.items() if on_time(rounds)]
+    # What others take of the cores only adds to the lateness.
+    once = [float(rate) for rate, rounds in found.items() if any(on_time([one]) for one in rounds)]
     return {
         "late_at_most_ms": LATE_AT_MOST_MS,
         "seconds": arguments.seconds,
         "rounds": arguments.rounds,
         "offered_on_time": max(good, default=0.0),
+        "offered_on_time_in_one_round": max(once, default=0.0),
         "by_rate": {rate: _median(rounds) for rate, rounds in found.items()},
         "long_run": long,
     }
@@ -105,7 +108,8 @@ def measure(arguments: argparse.Namespace) -> Figures:
 def _median(rounds: Sequence[Figures]) -> Figures:
     """Figure by figure."""
     names = ("rate_due", "rate_answered", "cpu_share", "cpu_us_per_request", "server_cpu_share")
-    figures = {name: statistics.median(one[name] for one in rounds) for name in names}
+    figures: Figures = {name: statistics.median(one[name] for one in rounds) for name in names}
+    figures["machine_busy_by_round"] = [one["machine_busy"] for one in rounds]
     for name in ("lateness_ms", "latency_ms"):
         quantiles = rounds[0][name]
         figures[name] = {q: statistics.median(one[name][q] for one in rounds) for q in quantiles}
@@ -120,6 +124,7 @@ def machine() -> Figures:
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "load_average": os.getloadavg(),
+        "niceness": os.getpriority(os.PRIO_PROCESS, 0),
         **{name: version(name) for name in ("offramp", "uvloop", "hdrhistogram")},
     }
 
@@ -139,7 +144,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     report = {"machine": machine(), **measure(arguments)}
-    print(f"on time up to {report['offered_on_time']:g} requests a second")
+    print(
+        f"on time up to {report['offered_on_time']:g} requests a second, in the best round up to "
+        f"{report['offered_on_time_in_one_round']:g}"
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

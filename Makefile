@@ -16,6 +16,9 @@ INSTALLED := $(VENV)/.installed
 PACKAGES := model kernels training service loadtest
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
+.PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*## .*/\1/p' $(MAKEFILE_LIST))
+=======
 .PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*## .*/\1/p' $(MAKEFILE_LIST))
 
 help: ## this list
@@ -46,6 +49,11 @@ test-kserve: $(INSTALLED) $(QUICKSTART)/offramp.json ## KServe's own client, in 
 	test -x $(VENV)-kserve/bin/python || $(PYTHON) -m venv $(VENV)-kserve
 	$(VENV)-kserve/bin/python -m pip --quiet --disable-pip-version-check install kserve==0.21.0
 	$(BIN)/python tests/clients/kserve_client.py --server $(QUICKSTART) --client $(VENV)-kserve/bin/python
+
+test-locust: $(INSTALLED) $(QUICKSTART)/offramp.json ## the locust file, in an environment of its own, against the quickstart server
+	test -x $(VENV)-locust/bin/python || $(PYTHON) -m venv $(VENV)-locust
+	$(VENV)-locust/bin/python -m pip --quiet --disable-pip-version-check install locust==2.47.0
+	$(BIN)/python tests/clients/locust_run.py $(QUICKSTART) --locust $(VENV)-locust/bin/locust
 
 check: lint types imports spelling test ## everything that must hold before a change goes in
 
@@ -110,6 +118,9 @@ bench-serve: $(INSTALLED) ## the service against its parts: rows per second, lat
 	test -e $(SST2)-int8/offramp.json || \
 	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8
 	$(BIN)/python service/bench/bench_serve.py $(SST2)-int8 --data $(SST2_DATA) --json docs/results/serve.json
+
+bench-load: $(INSTALLED) ## how much load one process of the generator offers and is still on time
+	$(BIN)/python loadtest/bench/bench_generator.py --json docs/results/loadtest.json
 
 soak: $(INSTALLED) $(QUICKSTART)/offramp.json ## five minutes of everything at once against the quickstart server
 	$(BIN)/python service/bench/soak.py $(QUICKSTART) --texts training/data/snips/test.jsonl.gz --json docs/results/soak.json

@@ -1,13 +1,15 @@
 """A lean HTTP/1.1 client for load: requests are ready bytes, a reply is cut out, not interpreted.
 
 A general client costs more than the server that it is to measure. This one knows what load needs
-and nothing else: keep-alive connections with one request at a time, replies with a Content-Length.
-It knows nothing about schedules or about what is asked.
+and nothing else: keep-alive connections with one request at a time, replies with a Content-Length,
+clients that leave before they have their answer. It knows nothing about schedules or about what is
+asked.
 """
 
 import asyncio
 import json
 import re
+import ssl
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,21 +45,48 @@ class Reply:
 Done = Callable[[Reply | None], None]
 """Told once what came of a request; None: the connection ended without a whole response."""
 
+LEFT = Reply(-1, b"", b"")
+"""What a client has that went away itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a server listens."""
+    """Where a server listens; `prefix` is what all its paths begin with."""
 
     host: str
     port: int
+    tls: bool = False
+    prefix: str = ""
+
+    @property
+    def authority(self) -> str:
+        """Host and port, as a request names them."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{'https' if self.tls else 'http'}://{self.authority}{self.prefix}"
 
 
-def post(address: Address, path: str, body: bytes, *headers: str) -> bytes:
-    """A request with a JSON body, ready to be sent."""
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """When a client goes away: so long after it has sent so large a part of its request."""
+
+    after_s: float
+    part: float = 1.0
+
+
+def post(
+    address: Address,
+    path: str,
+    body: bytes,
+    *headers: str,
+    content_type: str = "application/json",
+) -> bytes:
+    """A request with a body, ready to be sent."""
     lines = (
-        f"POST {path} HTTP/1.1",
-        f"host: {address.host}:{address.port}",
-        "content-type: application/json",
+        f"POST {address.prefix}{path} HTTP/1.1",
+        f"host: {address.authority}",
+        f"content-type: {content_type}",
         f"content-length: {len(body)}",
         *headers,
     )
@@ -66,7 +95,9 @@ def post(address: Address, path: str, body: bytes, *headers: str) -> bytes:
 
 def get(address: Address, path: str) -> bytes:
     """A request without a body, ready to be sent."""
-    return f"GET {path} HTTP/1.1\r\nhost: {address.host}:{address.port}\r\n\r\n".encode("latin-1")
+    return (f"GET {address.prefix}{path} HTTP/1.1\r\nhost: {address.authority}\r\n\r\n").encode(
+        "latin-1"
+    )
 
 
 class Connection(asyncio.Protocol):
@@ -83,14 +114,16 @@ class Connection(asyncio.Protocol):
         self.unasked = b""  # came with no request under way: a server must not do that
 
     @classmethod
-    async def open(cls, address: Address) -> "Connection":
-        """Connect.
+    async def open(cls, address: Address, trust: ssl.SSLContext | None = None) -> "Connection":
+        """Connect; over TLS where the address says so, trusting the machine's authorities or those
+        given.
 
         Raises:
-            OSError: nobody listens there.
+            OSError: nobody listens there, or nobody who is trusted.
         """
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(cls, address.host, address.port)
+        context = (trust or ssl.create_default_context()) if address.tls else None
+        _, connection = await loop.create_connection(cls, address.host, address.port, ssl=context)
         return connection
 
     @property
@@ -117,8 +150,16 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """End the connection, whatever is under way on it."""
+        self._leaving = True
         if self._transport is not None:
             self._transport.abort()
+
+    def leave(self) -> None:
+        """End the connection; a request under way is told that its client has left."""
+        done, self._done = self._done, None
+        self.close()
+        if done is not None:
+            done(LEFT)
 
     # -- called by the event loop ------------------------------------------------------------
 
@@ -127,7 +168,8 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._done is None:
-            self.unasked += data
+            if not self._leaving:
+                self.unasked += data
             return
         self._received = self._received + data if self._received else data
         if not self._body_at and not self._read_head():
@@ -175,12 +217,14 @@ class Connections:
     Beyond that, requests wait in their order; `waited` counts them.
     """
 
-    def __init__(self, address: Address, most: int) -> None:
+    def __init__(self, address: Address, most: int, *, trust: ssl.SSLContext | None = None) -> None:
         self._address, self._most = address, most
+        # Made once: it reads all the machine's authorities.
+        self._trust = (trust or ssl.create_default_context()) if address.tls else None
         self._free: list[Connection] = []
         self._busy: set[Connection] = set()
         self._opening: set[asyncio.Task[None]] = set()
-        self._waiting: deque[tuple[bytes, Done]] = deque()
+        self._waiting: deque[tuple[bytes, Done, Leave | None]] = deque()
         self.largest = 0  # open at a time
         self.waited = 0
 
@@ -188,19 +232,25 @@ class Connections:
     def open(self) -> int:
         return len(self._free) + len(self._busy) + len(self._opening)
 
-    def ask(self, request: bytes, done: Done) -> None:
+    @property
+    def outstanding(self) -> int:
+        """Requests without an answer yet."""
+        return len(self._busy) + len(self._opening) + len(self._waiting)
+
+    def ask(self, request: bytes, done: Done, leave: Leave | None = None) -> None:
         """Send a request as soon as a connection is there for it."""
         while self._free:
             connection = self._free.pop()
             if connection.usable:
-                self._send(connection, request, done)
+                self._send(connection, request, done, leave)
                 return
         if self.open < self._most:
-            self._opening.add(asyncio.get_running_loop().create_task(self._open(request, done)))
+            opening = self._open(request, done, leave)
+            self._opening.add(asyncio.get_running_loop().create_task(opening))
             self.largest = max(self.largest, self.open)
         else:
             self.waited += 1
-            self._waiting.append((request, done))
+            self._waiting.append((request, done, leave))
 
     def close(self) -> None:
         """End all connections, whatever is under way on them."""
@@ -210,9 +260,9 @@ class Connections:
         for connection in [*self._free, *self._busy]:
             connection.close()
 
-    async def _open(self, request: bytes, done: Done) -> None:
+    async def _open(self, request: bytes, done: Done, leave: Leave | None) -> None:
         try:
-            connection = await Connection.open(self._address)
+            connection = await Connection.open(self._address, self._trust)
         except OSError:
             connection = None
         # Counted from now on as busy, or not at all.
@@ -223,9 +273,11 @@ class Connections:
             self._ask_next()
             done(None)
         else:
-            self._send(connection, request, done)
+            self._send(connection, request, done, leave)
 
-    def _send(self, connection: Connection, request: bytes, done: Done) -> None:
+    def _send(
+        self, connection: Connection, request: bytes, done: Done, leave: Leave | None
+    ) -> None:
         self._busy.add(connection)
 
         def answered(reply: Reply | None) -> None:
@@ -235,7 +287,22 @@ class Connections:
             self._ask_next()
             done(reply)
 
-        connection.ask(request, answered)
+        if leave is None:
+            connection.ask(request, answered)
+        else:
+            self._send_and_leave(connection, request, answered, leave)
+
+    def _send_and_leave(
+        self, connection: Connection, request: bytes, answered: Done, leave: Leave
+    ) -> None:
+        loop = asyncio.get_running_loop()
+
+        def answered_before(reply: Reply | None) -> None:
+            departure.cancel()
+            answered(reply)
+
+        departure = loop.call_later(leave.after_s, connection.leave)
+        connection.ask(request[: max(1, int(leave.part * len(request)))], answered_before)
 
     def _ask_next(self) -> None:
         """Room has been made for one more."""

@@ -110,6 +110,11 @@ model:
 {{ include "offramp.fullname" . }}-[a-z0-9]+-[a-z0-9]+
 {{- end -}}
 
+{{- /* The port that Prometheus asks: one of its own, where config.prometheus_port says so. */ -}}
+{{- define "offramp.metricsPort" -}}
+{{ ternary "metrics" "http" (gt (int .Values.config.prometheus_port) 0) }}
+{{- end -}}
+
 {{- define "offramp.scaled" -}}
 apiVersion: apps/v1
 kind: Deployment

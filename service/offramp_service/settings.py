@@ -79,7 +79,8 @@ Origin = Annotated[str, AfterValidator(_check_origin)]
 
 
 class Settings(BaseSettings):
-    """Serve a multi-exit checkpoint over HTTP."""
+    """Serve a multi-exit checkpoint over HTTP. (How many replicas a load needs: offramp-serve plan
+    --help.)"""
 
     model_config = SettingsConfigDict(
         frozen=True,

@@ -17,7 +17,7 @@ PACKAGES := model kernels training service loadtest
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow test-gpu test-kserve check lint types imports spelling format \
-        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak results-quickstart results-sst2 results-objectives clean
+        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-plan bench-slo bench-serve soak results-quickstart results-sst2 results-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -106,6 +106,10 @@ bench-scheduler: $(INSTALLED) ## simulated: throughput and p99 by load, for each
 bench-slo: $(INSTALLED) ## simulated: a step of load with the SLO controller and without, on the costs of bench-scheduler
 	$(BIN)/python service/bench/bench_slo.py $(SST2)-int8 --data $(SST2_DATA) --costs docs/results/scheduler.json \
 	  --json docs/results/slo.json
+
+bench-plan: $(INSTALLED) ## simulated: replicas that a load needs, by the planner and by the scheduler itself
+	$(BIN)/python service/bench/bench_plan.py $(wildcard $(SST2)-int8 $(SST2)) --data $(SST2_DATA) \
+	  --costs docs/results/scheduler.json --json docs/results/plan.json
 
 bench-serve: $(INSTALLED) ## the service against its parts: rows per second, latency under load, what HTTP costs
 	test -e $(SST2)-int8/offramp.json || \

@@ -24,6 +24,7 @@ from offramp_service.planner import (
     Machine,
     Mix,
     Plan,
+    Replica,
     Traffic,
     cheapest,
     plan,
@@ -97,8 +98,7 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
             front_text_s=FRONT_TEXT_S if args.front_ms is None else 0.0,
         )
         one = plan(
-            machine,
-            Traffic(exit_shares, tokens, args.batch_mix),
+            Replica(machine, Traffic(exit_shares, tokens, args.batch_mix)),
             rate=args.rate,
             slo_s=args.slo / 1000,
             percentile=args.percentile,

@@ -123,8 +123,7 @@ class Plan:
 
 
 def plan(
-    machine: Machine,
-    traffic: Traffic,
+    replica: "Replica",
     *,
     rate: float,
     slo_s: float,
@@ -136,7 +135,7 @@ def plan(
 
     Requests are dealt out at random, which is the worst that a balancer does.
     """
-    replica = Replica(machine, traffic)
+    machine = replica.machine
     empty, carries = replica.forecast(replica.ceiling / 2**_STEPS), 0.0
     if empty.percentile(percentile) <= slo_s:
         carries = replica.carries(slo_s, percentile)
@@ -198,6 +197,7 @@ class Replica:
     """One replica under one kind of traffic, at any rate of requests."""
 
     def __init__(self, machine: Machine, traffic: Traffic) -> None:
+        self.machine = machine
         self._traffic, self._batches = traffic, Batches(machine, traffic)
         self._front = [machine.front_s + machine.front_text_s * texts for texts, _ in traffic.texts]
         shares = [share for _, share in traffic.texts]

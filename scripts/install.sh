@@ -1,6 +1,7 @@
 #!/bin/sh
 # Makes a virtual environment and installs what this machine can use.
 #   PYTHON  interpreter to start from      VENV  directory of the environment
+#   EXTRAS  of the package; default: all that development needs
 #
 # torch goes first, because the right build depends on the machine: the default build where there
 # is an NVIDIA GPU, the CPU build elsewhere (the default one would bring several GB of CUDA).
@@ -18,7 +19,7 @@ CPU_INDEX=https://download.pytorch.org/whl/cpu
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
-extras=train,serve,onnx,dev
+extras=${EXTRAS:-train,serve,onnx,dev}
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
     extras=$extras,gpu
     pip install --quiet "torch==$TORCH"

@@ -123,6 +123,7 @@ def test_the_calibration_of_a_checkpoint(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     checkpoint = write_tiny_checkpoint(tmp_path / "tiny")
+    capsys.readouterr()  # it shows its progress
     report = asked(
         capsys, "--rate", "900", "--slo", "99", "--model-id", str(checkpoint),
         "--costs", f"{SCHEDULER}#sst2-joint-int8", "--speedup", "1.5",

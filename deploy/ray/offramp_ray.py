@@ -37,12 +37,14 @@ class Offramp:
 
         from offramp_model.memory import keep_freed_memory
         from offramp_service.app import create_app
+        from offramp_service.logs import configure_logging
         from offramp_service.settings import Settings
 
         keep_freed_memory()
         disable_created_metrics()
-        own = {"threads": self._cpus(), **settings}
-        self._app = create_app(Settings(**own))
+        own = Settings(**{"threads": self._cpus(), **settings})
+        configure_logging(own)  # to standard error, which Ray keeps for each replica
+        self._app = create_app(own)
         self._models = self._app.state.models
         self._revision: object = None
         self._asked = time.monotonic(), 0.0  # when, and how long engines had worked by then

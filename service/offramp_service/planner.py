@@ -37,11 +37,12 @@ FULL_FRONT = 0.8
 FULL_ENGINE = 0.9
 """A replica that can carry such a share of its capacity is limited by that."""
 
-_MADE_UP = 256  # batches
+_MADE_UP, _MADE_UP_TEXTS = 256, 65_536  # batches; fewer, down to 32, where they are large
 _REQUESTS = 40_000  # whose latencies make a distribution
 _KINDS_OF_BATCH = 8  # durations told apart for a number of texts
 _QUEUE = 4  # batches that may wait; with more the replica is overloaded
-_SPILL = 1e-3  # of the time, in which more than that wait
+_SPILL = 1e-3  # of the moments at which more than that wait
+_FEW, _RARE = 64, 1e-6  # texts that are looked at first; more, if they are not as good as all
 _STEPS = 12  # halvings in the search for the rate
 
 
@@ -170,7 +171,8 @@ class Batches:
     def __init__(self, machine: Machine, traffic: Traffic) -> None:
         self.most = max(1, _fitting(machine, traffic))
         draws = np.random.default_rng(0)
-        shape = (_MADE_UP, self.most)
+        self.count = max(32, min(_MADE_UP, _MADE_UP_TEXTS // self.most) // 8 * 8)
+        shape = (self.count, self.most)
         lengths, shares = zip(*traffic.tokens, strict=True)
         tokens = draws.choice(lengths, shape, p=_exactly(shares))
         layers = len(traffic.exit_shares)
@@ -269,7 +271,9 @@ class Replica:
         queue = draws.choice(len(working), _REQUESTS, p=working)
         size = np.clip(queue, 1, most)
         chances = np.cumsum(batches.seconds / batches.seconds.sum(axis=0), axis=0)
-        runs = (draws.random(_REQUESTS) > chances[:, size - 1]).sum(axis=0).clip(max=_MADE_UP - 1)
+        runs = (
+            (draws.random(_REQUESTS) > chances[:, size - 1]).sum(axis=0).clip(max=batches.count - 1)
+        )
         passed = draws.random(_REQUESTS)
         whole = batches.seconds[runs, size - 1]
         before = np.maximum(queue - most, 0) + self._come(draws, rate, whole * passed)
@@ -280,13 +284,13 @@ class Replica:
         place = before + own
         ahead = -(-place // most) - 1
         for turn in range(int(ahead.max())):
-            full = batches.seconds[draws.integers(_MADE_UP, size=_REQUESTS), -1]
+            full = batches.seconds[draws.integers(batches.count, size=_REQUESTS), -1]
             wait += np.where(ahead > turn, full, 0.0)
         place -= ahead * most
         together = np.minimum(place + self._come(draws, rate, wait), most)
         mine = np.minimum(own, place)
 
-        batch = draws.integers(_MADE_UP, size=_REQUESTS)
+        batch = draws.integers(batches.count, size=_REQUESTS)
         one = batches.exits[batch, draws.integers(together)]
         layer = np.where(mine == 1, one, batches.last_exits[batch, mine - 1])
         engine = wait + batches.until[batch, together - 1, layer]
@@ -312,9 +316,26 @@ class Replica:
 def waiting(batches: Batches, texts: Mix, rate: float) -> Floats | None:
     """Shares of the moments at which the engine becomes free, by how many texts wait then. None if
     there are more and more."""
+    largest = max(size for size, _ in texts)
+    limit = _QUEUE * max(batches.most, largest, 16)
+    longest = min(limit, max(_FEW, _QUEUE * largest))
+    mean = sum(size * share for size, share in texts)
+    while True:
+        slowest = batches.seconds[:, min(longest, batches.most) - 1].max()
+        if longest == limit or rate * mean * slowest < longest:
+            shares = _in_the_long_run(batches, texts, rate, longest)
+            spilt = shares[-longest // 16 :].sum()
+            if spilt < _RARE:
+                return shares
+            if longest == limit:
+                return shares if spilt < _SPILL else None
+        longest = min(limit, 2 * longest)
+
+
+def _in_the_long_run(batches: Batches, texts: Mix, rate: float, longest: int) -> Floats:
+    """Shares as above, as if no more than `longest` could wait."""
     most = batches.most
-    longest = _QUEUE * max(most, max(size for size, _ in texts), 16)
-    come = _arrivals(batches.durations, texts, rate, longest)
+    come = _arrivals(batches.durations[:, :longest], texts, rate, longest)
     moves = np.zeros((longest + 1, longest + 1))
     for queue in range(1, longest + 1):
         left = max(0, queue - most)
@@ -327,8 +348,6 @@ def waiting(batches: Batches, texts: Mix, rate: float) -> Floats | None:
     equations = moves.T - np.eye(longest + 1)
     equations[-1] = 1.0
     shares = np.linalg.solve(equations, np.eye(longest + 1)[-1]).clip(min=0.0)
-    if shares[-max(1, longest // 16) :].sum() > _SPILL:
-        return None
     return np.asarray(shares / shares.sum())
 
 

@@ -19,6 +19,7 @@ from offramp_service.planner import (
     Mix,
     Replica,
     Traffic,
+    _in_the_long_run,
     cheapest,
     plan,
     waiting,
@@ -132,6 +133,20 @@ def test_shares_of_the_queue_add_up_and_an_idle_machine_has_none() -> None:
     nearly_none = waiting(batches, ((1, 1.0),), 1e-3)
     assert nearly_none is not None
     assert nearly_none[0] == pytest.approx(1, abs=1e-4)
+
+
+def test_large_batches_are_reckoned_as_far_as_needed() -> None:
+    """Hundreds of texts a batch: with few that wait, fewer are looked at, to the same result."""
+    large = Machine("large", FLAT, max_batch_tokens=8192, max_batch_texts=4096)
+    batches, single = Batches(large, traffic()), ((1, 1.0),)
+    assert batches.most == 315  # of 26 tokens
+    for share in (0.01, 0.5, 0.9):
+        rate = share * batches.most / batches.mean[-1]
+        found = waiting(batches, single, rate)
+        assert found is not None
+        every = _in_the_long_run(batches, single, rate, 4 * batches.most)
+        assert abs(found - every[: len(found)]).sum() < 1e-5
+        assert len(found) < len(every)
 
 
 def test_a_lone_text_takes_its_layers() -> None:

@@ -172,11 +172,10 @@ class Batches:
         self.most = max(1, _fitting(machine, traffic))
         draws = np.random.default_rng(0)
         self.count = max(32, min(_MADE_UP, _MADE_UP_TEXTS // self.most) // 8 * 8)
-        shape = (self.count, self.most)
-        lengths, shares = zip(*traffic.tokens, strict=True)
-        tokens = draws.choice(lengths, shape, p=_exactly(shares))
         layers = len(traffic.exit_shares)
-        self.exits: Ints = draws.choice(layers, shape, p=_exactly(traffic.exit_shares))
+        lengths, shares = zip(*traffic.tokens, strict=True)
+        tokens = self._spread(draws, np.array(lengths), shares)
+        self.exits: Ints = self._spread(draws, np.arange(layers), traffic.exit_shares)
         runs = self.exits[:, :, None] >= np.arange(layers)
         live = np.cumsum(tokens[:, :, None] * runs, axis=1)
         table = [machine.layer_seconds(count) if count else 0.0 for count in range(live.max() + 1)]
@@ -186,6 +185,12 @@ class Batches:
         self.seconds: Floats = self.until[:, :, -1]
         self.mean: Floats = self.seconds.mean(axis=0)
         self.last_exits: Ints = np.maximum.accumulate(self.exits, axis=1)
+
+    def _spread(self, draws: np.random.Generator, values: Ints, shares: Sequence[float]) -> Ints:
+        """By batch and text: at each place in a batch every value as often as is its share."""
+        quantiles = (np.arange(self.count) + 0.5) / self.count
+        column = values[np.searchsorted(np.cumsum(_exactly(shares)), quantiles)]
+        return draws.permuted(np.tile(column[:, None], self.most), axis=0)
 
     @cached_property
     def durations(self) -> Floats:

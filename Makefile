@@ -16,9 +16,6 @@ INSTALLED := $(VENV)/.installed
 PACKAGES := model kernels training service loadtest
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*## .*/\1/p' $(MAKEFILE_LIST))
-=======
 .PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*## .*/\1/p' $(MAKEFILE_LIST))
 
 help: ## this list
@@ -54,6 +51,13 @@ test-locust: $(INSTALLED) $(QUICKSTART)/offramp.json ## the locust file, in an e
 	test -x $(VENV)-locust/bin/python || $(PYTHON) -m venv $(VENV)-locust
 	$(VENV)-locust/bin/python -m pip --quiet --disable-pip-version-check install locust==2.47.0
 	$(BIN)/python tests/clients/locust_run.py $(QUICKSTART) --locust $(VENV)-locust/bin/locust
+
+test-ray: $(INSTALLED) $(QUICKSTART)/offramp.json ## Ray Serve on two simulated nodes, in an environment of its own (1.1 GB), on loopback only
+	test -x $(VENV)-ray/bin/ray || EXTRAS=serve,onnx,ray PYTHON=$(PYTHON) VENV=$(VENV)-ray sh scripts/install.sh
+	test -e $(QUICKSTART)-onnx/offramp.json || $(BIN)/offramp-train export $(QUICKSTART) --format onnx --output $(QUICKSTART)-onnx
+	rm -rf $(VENV)-ray/work && mkdir $(VENV)-ray/work
+	unshare --map-root-user --net sh -c 'ip link set lo up && exec $(VENV)-ray/bin/python \
+	  tests/clients/ray_cluster.py $(QUICKSTART) $(QUICKSTART)-onnx --work $(VENV)-ray/work --json docs/results/ray.json'
 
 check: lint types imports spelling test ## everything that must hold before a change goes in
 
@@ -113,6 +117,10 @@ bench-scheduler: $(INSTALLED) ## simulated: throughput and p99 by load, for each
 bench-slo: $(INSTALLED) ## simulated: a step of load with the SLO controller and without, on the costs of bench-scheduler
 	$(BIN)/python service/bench/bench_slo.py $(SST2)-int8 --data $(SST2_DATA) --costs docs/results/scheduler.json \
 	  --json docs/results/slo.json
+
+bench-plan: $(INSTALLED) ## simulated: replicas that a load needs, by the planner and by the scheduler itself
+	$(BIN)/python service/bench/bench_plan.py $(wildcard $(SST2)-int8 $(SST2)) --data $(SST2_DATA) \
+	  --costs docs/results/scheduler.json --json docs/results/plan.json
 
 bench-serve: $(INSTALLED) ## the service against its parts: rows per second, latency under load, what HTTP costs
 	test -e $(SST2)-int8/offramp.json || \

@@ -217,21 +217,35 @@ class Simulation:
         self._come = 0
         self._last_ran: dict[Group, float] = {}
 
+    def offer(self, number: int, text: Text) -> None:
+        """A text more, that comes after all others. For who deals texts out as they come."""
+        self._traffic.append((number, text))
+        self._texts[number] = text
+
+    def advance(self, until: float) -> None:
+        """Let time pass: to the end of the step that is under way then, or until nothing is left
+        to do."""
+        while self.now < until and self._go_on():
+            pass
+
     def run(self) -> Outcome:
         """To the end of the traffic."""
-        while True:
-            self._admit()
-            step = self._scheduler.next_step(self.now)
-            if step is not None:
-                (self._carry_out_shadow if step.group.shadow else self._carry_out)(step)
-            elif self._come < len(self._traffic):
-                self.now = self._traffic[self._come][1].arrives
-            else:
-                break
+        self.advance(float("inf"))
         self.outcome.ends = self.now
         ended = self.outcome.answered.keys() | set(self.outcome.refused)
         self.outcome.given_up = [number for number, _ in self._traffic if number not in ended]
         return self.outcome
+
+    def _go_on(self) -> bool:
+        self._admit()
+        step = self._scheduler.next_step(self.now)
+        if step is not None:
+            (self._carry_out_shadow if step.group.shadow else self._carry_out)(step)
+        elif self._come < len(self._traffic):
+            self.now = self._traffic[self._come][1].arrives
+        else:
+            return False
+        return True
 
     def spend(self, seconds: float) -> None:
         self.now += seconds

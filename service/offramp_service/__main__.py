@@ -1,4 +1,5 @@
-"""The command `offramp-serve`: read flags, open the checkpoint, serve, drain on SIGTERM.
+"""The command `offramp-serve`: read flags, open the checkpoint, serve, drain on SIGTERM. With
+`plan` as its first word it serves nothing (`plan_command.py`).
 
 Everything about processes, signals and terminals is here; the application knows none of it.
 """
@@ -33,6 +34,7 @@ from pydantic import ValidationError
 
 from offramp_model.checkpoint import CheckpointError
 from offramp_model.memory import keep_freed_memory
+from offramp_service import plan_command
 from offramp_service.api_keys import KeyFileError
 from offramp_service.app import create_app
 from offramp_service.bounded_http import KEEP_ALIVE_S, http_options
@@ -58,8 +60,11 @@ def main(
 ) -> int:
     """Run the command, maybe with an application that is watched or measured; returns its exit
     code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] == "plan":
+        return plan_command.run(given[1:])
     try:
-        settings = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        settings = parse_command_line(given)
     except ValidationError as error:
         return _refuse(*(_explain(one["loc"], one["msg"]) for one in error.errors()))
     except ConfigFileError as error:

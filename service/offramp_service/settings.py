@@ -90,7 +90,8 @@ RootPath = Annotated[str, AfterValidator(_check_root_path)]
 
 
 class Settings(BaseSettings):
-    """Serve a multi-exit checkpoint over HTTP."""
+    """Serve a multi-exit checkpoint over HTTP. (How many replicas a load needs: offramp-serve plan
+    --help.)"""
 
     model_config = SettingsConfigDict(
         frozen=True,

@@ -162,6 +162,8 @@ def _calibration(table: CalibrationTable) -> dict[str, Any]:
                 # JSON has no infinity; null is "never early".
                 "threshold": point.threshold if abs(point.threshold) != float("inf") else None,
                 "mean_exit_layer": point.mean_exit_layer,
+                # After each layer, from 1 on.
+                "exit_shares": [round(count / table.rows, 6) for count in point.exit_counts],
             }
             for point in points.values()
         ],

@@ -17,7 +17,7 @@ PACKAGES := model kernels training service loadtest
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow test-gpu test-kserve check lint types imports spelling format \
-        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak results-quickstart results-sst2 results-objectives clean
+        quickstart install-e2e e2e bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak results-quickstart results-sst2 results-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -42,6 +42,13 @@ test-slow: $(INSTALLED) ## the tests that take minutes: the quickstart as a newc
 
 test-gpu: $(INSTALLED) ## kernels and engine on a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+install-e2e: ## what `make e2e` needs beside the environment: Docker engine, compose, Prometheus (Debian, root)
+	sh scripts/install-e2e.sh
+
+# E2E_JSON=docs/results/containers.json keeps the figures.
+e2e: $(INSTALLED) install-e2e ## build the images, run the compose stack, and break it in several ways
+	$(BIN)/python -m pytest -s -n 0 tests/e2e/test_containers.py
 
 test-kserve: $(INSTALLED) $(QUICKSTART)/offramp.json ## KServe's own client, in an environment of its own, against the quickstart server
 	test -x $(VENV)-kserve/bin/python || $(PYTHON) -m venv $(VENV)-kserve

@@ -37,8 +37,8 @@ serve: $(INSTALLED) $(QUICKSTART)/offramp.json ## answer HTTP requests on port 3
 test: $(INSTALLED) ## the whole test suite on CPU, slow tests left out
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist worksteal
 
-test-slow: $(INSTALLED) ## the tests that take minutes: the quickstart as a newcomer types it
-	$(BIN)/python -m pytest -m slow
+test-slow: $(INSTALLED) ## the tests that take minutes: the quickstart as a newcomer types it (containers: make e2e)
+	$(BIN)/python -m pytest -m "slow and not docker"
 
 test-gpu: $(INSTALLED) ## kernels and engine on a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu

@@ -361,7 +361,7 @@ def test_stops_without_losing_an_answer(stack: Stack) -> None:
     assert after["no answer"] == 0
     assert set(after) <= {"200", "503", "not connected"}
     assert (state["ExitCode"], state["OOMKilled"]) == (0, False)
-    assert 5 < took < 15
+    assert 5 < took < 30  # far from the 45 s after which it would have been killed
     stack.wait_until_healthy()
 
 
@@ -394,16 +394,12 @@ def test_an_image_holds_what_it_needs_and_no_more(stack: Stack, image: str) -> N
     assert found["Labels"]["org.opencontainers.image.revision"] == "under-test"
     assert list(found["Volumes"]) == ["/models"]
     as_root = ("run", "--rm", "--network=none", "--user=0", "--entrypoint=sh", image, "-c")
-    # Nothing that lends privileges, no installer beside the base's, no leavings of one.
-    assert stack.docker(*as_root, "find / -xdev -type f -perm /6000").strip() == ""
-    assert stack.docker(*as_root, "ls /opt/offramp/bin | grep -c pip || true").strip() == "0"
-    assert (
-        stack.docker(
-            *as_root, "ls -A /root /src /wheel 2>/dev/null | grep -v '^[.:/]' || true"
-        ).split()
-        == []
-    )
-    assert stack.docker(*as_root, "command -v gcc cc make || true").strip() == ""
+    # Nothing that lends privileges, nothing to install or build with, no leavings of either.
+    assert stack.docker(*as_root, "find / -xdev -type f -perm /6000") == ""
+    assert "pip" not in stack.docker(*as_root, "ls /opt/offramp/bin")
+    assert stack.docker(*as_root, "command -v gcc cc make || true") == ""
+    leavings = "ls -d /src /wheel /root/.cache /var/lib/apt/lists/* 2>/dev/null || true"
+    assert stack.docker(*as_root, leavings) == ""
     owner = stack.docker(*as_root, "stat -c %u /models /opt/application /opt/offramp").split()
     assert owner == ["10001", "0", "0"]
 

@@ -39,6 +39,8 @@ _WITHOUT_NETWORK = (
     "--ip-masq=false",
     "--ip-forward=false",
 )
+# A name that no container has is refused at once: there is nobody else to ask.
+_NO_RESOLVER = ("--dns=127.0.0.1",)
 
 
 class CommandFailed(Exception):
@@ -106,7 +108,7 @@ def engine(directory: Path, config: Path, *, networks: bool) -> Iterator[Docker]
         *(DOCKERD, f"--host=unix://{socket}", f"--data-root={directory / 'data'}"),
         *(f"--exec-root={directory / 'exec'}", f"--pidfile={directory / 'pid'}"),
         *_ALWAYS,
-        *(() if networks else _WITHOUT_NETWORK),
+        *(_NO_RESOLVER if networks else _WITHOUT_NETWORK),
     ]
     (directory / "pid").unlink(missing_ok=True)
     docker = Docker(socket, config)

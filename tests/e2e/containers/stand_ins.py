@@ -42,13 +42,10 @@ def debian_with_python() -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         root, packed = Path(work) / "root", Path(work) / "root.tar"
+        # In a mount namespace of its own: what it mounts there is gone when it ends.
         _run(
-            "debootstrap",
-            "--variant=minbase",
-            f"--include={PACKAGES}",
-            "bookworm",
-            str(root),
-            MIRROR,
+            *("unshare", "--mount", "debootstrap", "--variant=minbase"),
+            *(f"--include={PACKAGES}", "bookworm", str(root), MIRROR),
         )
         for folder in _LEFT_OUT:
             shutil.rmtree(root / folder, ignore_errors=True)
@@ -91,28 +88,34 @@ def write_base(folder: Path, pip_configuration: str, *, image: str) -> None:
 
 def write_prometheus(folder: Path, *, base: str) -> None:
     """Prometheus as its own image has it: user nobody, data in /prometheus."""
-    _write_program(folder, Path("/usr/bin/prometheus"), "prometheus", "/prometheus", base=base)
+    _write_program(folder, Path("/usr/bin/prometheus"), "prometheus", base=base)
 
 
 def write_alertmanager(folder: Path, *, base: str) -> None:
     """Alertmanager as its own image has it: user nobody, data in /alertmanager."""
-    program = Path("/usr/bin/prometheus-alertmanager")
-    _write_program(folder, program, "alertmanager", "/alertmanager", base=base)
+    # Debian keeps the texts of messages beside the program.
+    texts = Path("/usr/share/prometheus/alertmanager")
+    _write_program(
+        folder, Path("/usr/bin/prometheus-alertmanager"), "alertmanager", texts, base=base
+    )
 
 
-def _write_program(folder: Path, program: Path, name: str, data: str, *, base: str) -> None:
+def _write_program(folder: Path, program: Path, name: str, *files: Path, base: str) -> None:
     folder.mkdir()
     shutil.copy(program, folder / name)
-    (folder / "Dockerfile").write_text(
-        f"FROM {base}\n"
-        f"COPY {name} /bin/{name}\n"
-        f"RUN install -d -o 65534 -g 65534 {data}\n"
-        "USER 65534\n"
-        f"VOLUME {data}\n"
-        f"WORKDIR {data}\n"
-        f'ENTRYPOINT ["/bin/{name}"]\n'
-        f'CMD ["--config.file=/etc/{name}/{name}.yml"]\n'
-    )
+    lines = [f"FROM {base}", f"COPY {name} /bin/{name}"]
+    for number, path in enumerate(files):
+        shutil.copytree(path, folder / str(number))
+        lines.append(f"COPY {number} {path}")
+    lines += [
+        f"RUN install -d -o 65534 -g 65534 /{name}",
+        "USER 65534",
+        f"VOLUME /{name}",
+        f"WORKDIR /{name}",
+        f'ENTRYPOINT ["/bin/{name}"]',
+        f'CMD ["--config.file=/etc/{name}/{name}.yml"]',
+    ]
+    (folder / "Dockerfile").write_text("\n".join(lines) + "\n")
 
 
 class PackageSource:

@@ -149,6 +149,21 @@ def test_the_build_sees_sources_and_nothing_that_grows() -> None:
         ), path
 
 
+def test_installing_what_the_stack_test_needs_takes_root() -> None:
+    nobody = 65534
+    done = subprocess.run(
+        ["sh", ROOT / "scripts/install-e2e.sh"],
+        capture_output=True,
+        text=True,
+        check=False,
+        user=nobody if os.geteuid() == 0 else None,
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"},
+    )
+    assert done.returncode == 1
+    # Where this is not Debian, that is the reason.
+    assert re.fullmatch(r"install-e2e: (needs root|this is for Debian).*\n", done.stderr)
+
+
 PROJECT = {
     "dependencies": ["numpy>=2.0"],
     "optional-dependencies": {"serve": ["uvicorn[standard]>=0.35"], "onnx": ["onnxruntime>=1.23"]},

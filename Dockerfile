@@ -90,7 +90,7 @@ COPY --from=application /opt/application /opt/application
 ENV PATH=/opt/application/bin:/opt/offramp/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONPATH=/opt/application \
     PYTHONUNBUFFERED=1 \
-    HOME=/tmp HF_HOME=/tmp/huggingface MPLCONFIGDIR=/tmp/matplotlib MPLBACKEND=Agg
+    HOME=/tmp ORT_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HOME=/tmp/huggingface MPLCONFIGDIR=/tmp/matplotlib MPLBACKEND=Agg
 USER 10001:10001
 WORKDIR /models
 VOLUME /models
@@ -146,7 +146,7 @@ RUN python3 -m compileall -q /opt/application
 ENV PATH=/opt/application/bin:/opt/offramp/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONPATH=/opt/application \
     PYTHONUNBUFFERED=1 \
-    HOME=/tmp TRITON_CACHE_DIR=/tmp/triton \
+    HOME=/tmp ORT_DISABLE_TELEMETRY=1 TRITON_CACHE_DIR=/tmp/triton \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PORT=3000 JSON_OUTPUT=true
 USER 10001:10001
@@ -178,14 +178,14 @@ COPY --from=application /opt/application /opt/application
 ENV PATH=/opt/application/bin:/opt/offramp/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONPATH=/opt/application \
     PYTHONUNBUFFERED=1 \
-    HOME=/tmp \
+    HOME=/tmp ORT_DISABLE_TELEMETRY=1 \
     PORT=3000 JSON_OUTPUT=true
 USER 10001:10001
 WORKDIR /models
 VOLUME /models
 EXPOSE 3000
-# The server drains on SIGTERM by itself (unready, serving on, finishing) and starts no processes, so
-# it is PID 1 without an init beside it.
+# The server drains on SIGTERM by itself (unready, serving on, finishing), and waits for whatever it
+# starts, so it is PID 1 without an init beside it.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=5s --timeout=3s --start-period=60s --retries=3 \
     CMD ["python3", "-I", "-S", "/opt/application/ready.py"]

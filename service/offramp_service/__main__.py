@@ -49,6 +49,8 @@ log = logging.getLogger("offramp_service")
 
 # For connections whose last answer is still being written when the drain is over.
 _GOODBYE_S = 2
+# Between the last accepted connection and the end: whoever has connected has a request on its way.
+_LAST_WORDS_S = 0.25
 # Longer than balancers keep an idle connection (60 s is common): whoever closes first must be the
 # one who also sends, or requests meet a closed connection.
 _KEEP_ALIVE_S = 75
@@ -170,6 +172,9 @@ class Server(uvicorn.Server):
         await self._models.lifecycle.drain(
             serve_on_s=serve_on_s, finish_s=settings.shutdown_timeout
         )
+        for listening in self.servers:
+            listening.close()
+        await asyncio.sleep(_LAST_WORDS_S)
         self._models.let_go()
         self.should_exit = True
 

@@ -22,6 +22,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -330,8 +331,8 @@ async def arrive(address: Address, came: Counter[str], stopped: asyncio.Event) -
             await asyncio.sleep(0.005)
 
 
-async def stop_under_load(stack: Stack) -> tuple[Counter[str], Counter[str], float]:
-    """What came of requests before the stop and from then on, and how long it took."""
+async def stop_under_load(stack: Stack) -> tuple[Counter[str], Counter[str], datetime]:
+    """What came of requests before the stop and from then on, and when it was asked for."""
     networks = stack.container("offramp")["NetworkSettings"]["Networks"]
     # Not the published port: its proxy takes connections that nobody will answer.
     address = Address(next(iter(networks.values()))["IPAddress"], 3000)
@@ -339,21 +340,23 @@ async def stop_under_load(stack: Stack) -> tuple[Counter[str], Counter[str], flo
     stopped = asyncio.Event()
     load = asyncio.create_task(arrive(address, came, stopped))
     await asyncio.sleep(2)
-    before, began = came.copy(), time.perf_counter()
+    before, asked = came.copy(), datetime.now(UTC)
     await asyncio.to_thread(stack.compose, "stop", "offramp")
-    took = time.perf_counter() - began
     stopped.set()
     await load
-    return before, came - before, took
+    return before, came - before, asked
 
 
 def test_stops_without_losing_an_answer(stack: Stack) -> None:
     try:
-        before, after, took = asyncio.run(stop_under_load(stack))
+        before, after, asked = asyncio.run(stop_under_load(stack))
         state = stack.container("offramp")["State"]
     finally:
         stack.compose("up", "--detach", "--no-build", "offramp")
-    stack.figures["drain"] = {"before": before, "after": after, "stop_s": round(took, 1)}
+    # The engine writes nanoseconds, which Python cannot read.
+    ended = datetime.fromisoformat(state["FinishedAt"][:26].rstrip("Z") + "Z")
+    took = (ended - asked).total_seconds()
+    stack.figures["drain"] = {"before": before, "after": after, "asked_to_end_s": round(took, 1)}
     assert set(before) == {"200"}
     assert before["200"] > 100
     # Unready, and yet serving on, then 503 to new ones while those inside finish.
@@ -361,7 +364,8 @@ def test_stops_without_losing_an_answer(stack: Stack) -> None:
     assert after["no answer"] == 0
     assert set(after) <= {"200", "503", "not connected"}
     assert (state["ExitCode"], state["OOMKilled"]) == (0, False)
-    assert 5 < took < 30  # far from the 45 s after which it would have been killed
+    # What it serves on for, and little more: nothing tries to send something before it ends.
+    assert 5 < took < 9
     stack.wait_until_healthy()
 
 

@@ -39,17 +39,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY deploy/docker/ready.py /opt/application/
 
 
-# ---- what the CPU server needs
+# ---- what the CPU server needs: graphs are served without torch
 FROM builder AS cpu-environment
-# ==== ONE EDIT: once serving ONNX graphs needs no torch, make this `ARG CPU_TORCH=` (empty). ====
-ARG CPU_TORCH=2.13.0
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
-    if [ -n "$CPU_TORCH" ]; then \
-        python3 -m pip --python /opt/offramp/bin/python install \
-            "torch==$CPU_TORCH" --extra-index-url "$TORCH_INDEX"; \
-    fi \
-    && python3 requirements.py serve onnx otel > requirements.txt \
+    python3 requirements.py serve onnx otel > requirements.txt \
     && python3 -m pip --python /opt/offramp/bin/python install --requirement requirements.txt
 
 

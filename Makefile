@@ -17,7 +17,7 @@ PACKAGES := model kernels training service loadtest
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow test-gpu test-kserve check lint types imports spelling format \
-        quickstart install-e2e e2e bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak results-quickstart results-sst2 results-objectives clean
+        quickstart install-e2e e2e bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak results-quickstart results-sst2 results-objectives reference docs clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -121,6 +121,12 @@ bench-serve: $(INSTALLED) ## the service against its parts: rows per second, lat
 
 soak: $(INSTALLED) $(QUICKSTART)/offramp.json ## five minutes of everything at once against the quickstart server
 	$(BIN)/python service/bench/soak.py $(QUICKSTART) --texts training/data/snips/test.jsonl.gz --json docs/results/soak.json
+
+reference: $(INSTALLED) ## write docs/reference/ from the code
+	$(BIN)/python scripts/reference.py
+
+docs: $(INSTALLED) ## the Python packages' documentation as HTML, in build/api
+	$(BIN)/pdoc --output-directory build/api offramp_model offramp_kernels offramp_training offramp_service offramp_loadtest
 
 clean: ## remove what can be made again (not the checkpoints)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

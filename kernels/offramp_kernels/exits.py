@@ -103,11 +103,14 @@ class ExitSpec:
         if self.exit_layer < 1:
             raise ValueError(f"exit_layer counts from 1, got {self.exit_layer}")
         self._check_weights()
-        # The policy's own expression, on the CPU, where calibration runs it.
-        votes = torch.arange(self.exit_number + 1, dtype=torch.float64)
-        signals = votes / torch.full_like(votes, self.exit_number) ** self.vote_exponent
-        device = self.classifier.weight.device
-        object.__setattr__(self, "vote_signals", signals.to(device))
+        # The policy's own expression: Python's power, whose last bit libraries do not share.
+        divisor = float(self.exit_number) ** self.vote_exponent
+        signals = torch.tensor(
+            [votes / divisor for votes in range(self.exit_number + 1)],
+            dtype=torch.float64,
+            device=self.classifier.weight.device,
+        )
+        object.__setattr__(self, "vote_signals", signals)
 
     def _check_weights(self) -> None:
         _check_dense("classifier", self.classifier, None, None, self)

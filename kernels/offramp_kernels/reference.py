@@ -1,4 +1,4 @@
-"""Plain-torch twins of the kernels: the oracle of every kernel test, and what runs on a CPU.
+"""Plain-torch twins of the kernels: the oracle of every kernel test, and what runs without Triton.
 
 Knows nothing about Triton. Runs on any device, but on CUDA it waits for the host where the
 comments say so.

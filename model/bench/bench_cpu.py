@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import matplotlib as mpl
 import torch
@@ -51,7 +52,7 @@ from offramp_model import (
     never,
     start_rows,
 )
-from offramp_model.calibration import curve
+from offramp_model.calibrating import curve
 from offramp_model.memory import keep_freed_memory
 from offramp_model.recorded import RecordedExits, record_exits, replay
 from offramp_training.data import load_split
@@ -60,16 +61,6 @@ SPEEDUPS = (1.5, 2.0, 3.0)
 STRETCH = 3  # batches that a variant runs before the next one has its turn
 T = TypeVar("T")
 Batches = list[list[Encoding]]
-
-
-def with_threads(count: int, run: Variant) -> Variant:
-    """What runs in onnxruntime's pool gets one thread of torch's, as in the service."""
-
-    def counted(batches: Batches) -> Pass:
-        torch.set_num_threads(count)
-        return run(batches)
-
-    return counted
 
 
 def cut(encodings: Sequence[Encoding], size: int) -> Batches:
@@ -342,10 +333,6 @@ def main() -> None:
             chosen[variant], thresholds[variant] = run, threshold
     if arguments.only:
         chosen = {k: v for k, v in chosen.items() if k.startswith(tuple(arguments.only))}
-    chosen = {
-        name: with_threads(arguments.threads if name.startswith(("tra", "tor", "bf")) else 1, run)
-        for name, run in chosen.items()
-    }
     result: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "machine": machine() | {name: version(name) for name in ("onnx", "onnxruntime")},

@@ -37,7 +37,7 @@ from offramp_model import (
     never,
     start_rows,
 )
-from offramp_model.calibration import curve
+from offramp_model.calibrating import curve
 from offramp_model.encoder import PackedEncoder
 from offramp_model.heads import ExitHeads
 from offramp_model.recorded import record_exits

@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
@@ -188,7 +189,9 @@ def bench_rows(
         speedups[name] = rows * subject.layers / float(exits.sum())
         survival = [float((exits > layer).double().mean()) for layer in subject.config.exit_layers]
         moved = compactions(table, batch.num_tokens, subject.config.exit_layers, survival, **price)
-        asked = RowSettings(exits, torch.ones(rows).long(), torch.full((rows,), subject.layers))
+        asked = RowSettings(
+            exits.numpy(), np.ones(rows, np.int64), np.full(rows, subject.layers, np.int64)
+        )
         lane = subject.lane(batch.num_tokens, rows, moved)
         still = subject.lane(batch.num_tokens, rows, frozenset())
         variants[name] = through_lane(lane, batch, asked)

@@ -92,11 +92,11 @@ def batch_of(rows: int, length: str) -> list[Encoding]:
     return [Encoding(row, [0] * len(row)) for row in ids]
 
 
-def full_depth(stack: PackedEncoder, encodings: list[Encoding], device: str) -> Callable[[], None]:
+def full_depth(stack: PackedEncoder, encodings: list[Encoding]) -> Callable[[], None]:
     """One batch through the layer loop; nobody leaves early."""
     policy = make_policy("full_depth")
     settings = RowSettings.uniform(len(encodings), never(policy), max_layer=LAYERS)
-    batch = TokenBatch.pack(encodings, device)
+    batch = TokenBatch.pack(encodings)
 
     def run() -> None:
         for leavers in layer_loop(stack, start_rows(stack, batch, policy, settings), policy):
@@ -105,9 +105,9 @@ def full_depth(stack: PackedEncoder, encodings: list[Encoding], device: str) -> 
     return run
 
 
-def heads_alone(stack: PackedEncoder, encodings: list[Encoding], device: str) -> Callable[[], None]:
+def heads_alone(stack: PackedEncoder, encodings: list[Encoding]) -> Callable[[], None]:
     """What every exit head adds to one batch."""
-    hidden = stack.embed(TokenBatch.pack(encodings, device))
+    hidden = stack.embed(TokenBatch.pack(encodings))
 
     def run() -> None:
         for exit_layer in stack.exit_layers:
@@ -174,7 +174,7 @@ def main() -> None:
         texts = batch_of(arguments.batch_size, length)
         seconds, heads = (
             measure(
-                {form: part(stack, texts, arguments.device) for form, stack in stacks.items()},
+                {form: part(stack, texts) for form, stack in stacks.items()},
                 arguments.repeats,
             )
             for part in (full_depth, heads_alone)

@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModel
 
-from offramp_model import Encoding, load_checkpoint, record_exits
+from offramp_model import Encoding, load_checkpoint
+from offramp_model.recorded import record_exits
 
 
 def median_ms(run: Callable[[], object], repeats: int) -> float:

@@ -1,7 +1,8 @@
 """Multi-exit encoders: what training writes and the service reads.
 
-It imports torch, tokenizers and the kernels; never transformers, a web library or a metrics
-library.
+It imports numpy and tokenizers; torch and the kernels only in the modules that compute with them
+(`encoder`, `heads`, `device_lane`, `recorded`, `calibrating`), so that whoever serves ONNX graphs
+needs neither. Never transformers, a web library or a metrics library.
 """
 
 from offramp_model.calibration import CalibrationTable, CurvePoint
@@ -25,7 +26,6 @@ from offramp_model.policies import (
     never,
     supported_policies,
 )
-from offramp_model.recorded import RecordedExits, record_exits, replay
 from offramp_model.rows import ActiveRows, Encoding, PackedTokens, RowSettings, TokenBatch
 from offramp_model.tokenizer import InputTooLong, TextTokenizer
 
@@ -46,7 +46,6 @@ __all__ = [
     "Manifest",
     "MultiExitConfig",
     "PackedTokens",
-    "RecordedExits",
     "RowSettings",
     "TextTokenizer",
     "TokenBatch",
@@ -55,8 +54,6 @@ __all__ = [
     "make_policy",
     "make_supported_policy",
     "never",
-    "record_exits",
-    "replay",
     "start_rows",
     "supported_policies",
     "update_manifest",

@@ -6,7 +6,8 @@ of the backbone's weights, and everything else as it was. Only safetensors, JSON
 format are ever read; there is no pickle and no code in a checkpoint. Writing goes to a temporary
 name and is renamed at the end, so a checkpoint is whole or absent.
 
-This module knows nothing about training, requests, or how tables are made.
+Whoever opens graphs needs no torch, and loads none. This module knows nothing about training,
+requests, or how tables are made.
 """
 
 import hashlib
@@ -18,7 +19,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -28,17 +28,20 @@ from pydantic import (
     model_validator,
 )
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from offramp_model.arrays import Array
+from offramp_model.backbone import check_backbone
 from offramp_model.calibration import CalibrationTable
 from offramp_model.config import MultiExitConfig
-from offramp_model.encoder import PackedEncoder, check_backbone
-from offramp_model.heads import ExitHeads
+from offramp_model.exit_head import exit_heads, head_shapes
 from offramp_model.policies import POLICIES, why_unsupported
 from offramp_model.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
+    import torch
+
+    from offramp_model.encoder import PackedEncoder
+    from offramp_model.heads import ExitHeads
     from offramp_model.onnx_stack import OnnxStack
 
 FORMAT_VERSION = 1
@@ -49,11 +52,8 @@ EMBEDDINGS, SEGMENT = "embeddings.onnx", "segment-{}.onnx"  # by exit layer
 
 Backend = Literal["torch", "onnx"]
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+TORCH_DTYPES = ("float32", "bfloat16", "float16")
+"""What the backbone's weights can be run in."""
 
 
 class CheckpointError(ValueError):
@@ -197,27 +197,28 @@ class Checkpoint:
             raise CheckpointError(str(error)) from error
 
     def stack(
-        self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> PackedEncoder:
-        """Read the weights as a `LayerStack` in torch.
+        self, *, device: "torch.device | str" = "cpu", dtype: "torch.dtype | None" = None
+    ) -> "PackedEncoder":
+        """Read the weights as a `LayerStack` in torch, by default in float32.
 
         Raises:
-            CheckpointError: it is exported, a tensor is missing or has the wrong shape, or the
-                tokenizer and the model do not fit one another.
+            CheckpointError: it is exported, a tensor is missing or has the wrong shape, the
+                tokenizer and the model do not fit one another, or torch is not installed.
         """
         if self.backend != "torch":
             raise CheckpointError(
                 f"{self.directory} holds ONNX graphs and no {BACKBONE}; backend: {self.backend}"
             )
+        encoder = self._encoder_module()
         with safe_open(self.directory / BACKBONE, framework="pt") as tensors:
             try:
-                stack = PackedEncoder(
+                stack: PackedEncoder = encoder.PackedEncoder(
                     self.backbone,
                     tensors.get_tensor,
                     self.heads(),
                     self.model,
                     device=device,
-                    dtype=dtype,
+                    dtype=dtype or encoder.DTYPES["float32"],
                 )
             except (ValueError, SafetensorError) as error:
                 raise CheckpointError(f"{self.directory / BACKBONE}: {error}") from error
@@ -246,7 +247,7 @@ class Checkpoint:
             return OnnxStack(
                 self.directory / EMBEDDINGS,
                 {layer: self.directory / SEGMENT.format(layer) for layer in self.model.exit_layers},
-                self.heads(),
+                exit_heads(self.model, _read_tensors(self.directory / EXITS)),
                 self.model,
                 vocab_size=graphs.vocab_size,
                 max_positions=graphs.max_positions,
@@ -274,7 +275,7 @@ class Checkpoint:
             CheckpointError: see `stack` and `onnx_stack`; or it cannot be run in `dtype`.
         """
         dtype = dtype or self.dtype
-        allowed = tuple(DTYPES) if self.backend == "torch" else (self.dtype,)
+        allowed = TORCH_DTYPES if self.backend == "torch" else (self.dtype,)
         if dtype not in allowed:
             raise CheckpointError(
                 f"{self.directory} cannot be run in {dtype}; backend {self.backend} has: "
@@ -282,13 +283,33 @@ class Checkpoint:
             )
         if self.backend == "onnx":
             return self.onnx_stack(threads=threads, device=device)
-        return self.stack(device=device, dtype=DTYPES[dtype])
+        return self.stack(device=device, dtype=self._encoder_module().DTYPES[dtype])
 
-    def heads(self) -> ExitHeads:
-        """The exit heads, with their weights."""
-        heads = _heads_to_fill(self.model)
-        heads.load_state_dict(_read_tensors(self.directory / EXITS))
+    def heads(self) -> "ExitHeads":
+        """The exit heads as modules of torch, with their weights."""
+        import torch
+
+        from offramp_model.heads import ExitHeads
+
+        # Modules draw first weights when they are made; opening a checkpoint is nothing that a
+        # caller's own draws should tell. Not on torch's meta device: drawing there imports sympy, a
+        # second of a service's start.
+        with torch.random.fork_rng(devices=[]):
+            heads = ExitHeads(self.model)
+        tensors = _read_tensors(self.directory / EXITS)
+        heads.load_state_dict({name: torch.from_numpy(one) for name, one in tensors.items()})
         return heads
+
+    def _encoder_module(self) -> Any:
+        try:
+            from offramp_model import encoder
+        except ImportError as error:
+            raise CheckpointError(
+                f"{self.directory} runs in torch, which is not installed: pip install "
+                "'offramp[torch]'; or make ONNX graphs of it where torch is, with "
+                "`offramp-train export --format onnx`, and serve those"
+            ) from error
+        return encoder
 
     def _check_sizes(self, vocab_size: int, max_positions: int) -> None:
         largest_id = self.tokenizer().largest_id
@@ -350,7 +371,7 @@ def write_checkpoint(
     directory: Path | str,
     *,
     fill: Callable[[Path], None],
-    exits: Mapping[str, Tensor],
+    exits: Mapping[str, Array],
     manifest: Manifest,
 ) -> None:
     """Write a new checkpoint, whole or not at all.
@@ -359,12 +380,14 @@ def write_checkpoint(
         directory: must not exist yet, or be an empty directory.
         fill: writes `config.json`, the tokenizer's files and `model.safetensors`, or the graphs
             (and whatever else belongs in it) into the directory that it is given.
-        exits: the state dict of the exit heads.
+        exits: the exit heads, as a state dict of torch.
         manifest: hashes are filled in here.
 
     Raises:
         CheckpointError: there is something at `directory` already, or the result would not load.
     """
+    from safetensors.torch import save_file
+
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise CheckpointError(f"{directory} already exists and is not empty")
@@ -460,7 +483,7 @@ def _check_hash(path: Path, expected: str | None) -> None:
 
 
 def _check_heads(path: Path, model: MultiExitConfig) -> None:
-    expected = {name: tuple(t.shape) for name, t in _heads_to_fill(model).state_dict().items()}
+    expected = head_shapes(model)
     actual = {name: tuple(t.shape) for name, t in _read_tensors(path).items()}
     for name in sorted(expected.keys() | actual.keys()):
         if name not in actual:
@@ -474,25 +497,15 @@ def _check_heads(path: Path, model: MultiExitConfig) -> None:
             )
 
 
-def _heads_to_fill(model: MultiExitConfig) -> ExitHeads:
-    """Heads whose values are of no account. Modules draw first weights when they are made; opening
-    a checkpoint is nothing that a caller's own draws should tell.
-
-    Not on torch's meta device: drawing there imports sympy, a second of a service's start.
-    """
-    with torch.random.fork_rng(devices=[]):
-        return ExitHeads(model)
-
-
 def _sizes(model: MultiExitConfig) -> str:
     gates = f", gates of width {model.gate_hidden}" if model.has_gates else ""
     pooler = f"pooling {model.pooling_form}, pooler {model.pooler}"
     return f"{model.num_labels} labels and width {model.hidden_size}, {pooler}{gates}"
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Array]:
     try:
-        with safe_open(path, framework="pt") as tensors:
+        with safe_open(path, framework="np") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

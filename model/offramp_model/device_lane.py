@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -163,12 +164,14 @@ class DeviceLane:
                 f"they hold: {', '.join(str(one.bucket) for one in self._passes)}"
             )
         chosen.load(batch, settings.at(batch.order), self._rule)
-        chosen.give_up(batch.order, torch.ones(batch.num_rows, dtype=torch.bool), abandoned)
+        chosen.give_up(
+            torch.from_numpy(batch.order), torch.ones(batch.num_rows, dtype=torch.bool), abandoned
+        )
         chosen.start()
         yield from chosen.leavers(batch, abandoned)
 
     def _pass_for(self, batch: TokenBatch) -> "_Pass | None":
-        longest = int(batch.cu_seqlens.diff().max()) if batch.num_rows else 0
+        longest = int(np.diff(batch.cu_seqlens).max()) if batch.num_rows else 0
         return next((one for one in self._passes if one.bucket.fits(batch, longest)), None)
 
 
@@ -240,15 +243,15 @@ class _Pass:
             (self._types, batch.type_ids),
             (self._positions, batch.positions),
         ):
-            buffer[:tokens].copy_(values, non_blocking=True)
-        self._cu_seqlens[: rows + 1].copy_(batch.cu_seqlens, non_blocking=True)
+            buffer[:tokens].copy_(torch.from_numpy(values), non_blocking=True)
+        self._cu_seqlens[: rows + 1].copy_(torch.from_numpy(batch.cu_seqlens), non_blocking=True)
         self._cu_seqlens[rows + 1 :] = tokens  # the tail reads as empty texts
         self._counts.copy_(torch.tensor([rows, tokens], dtype=torch.int32))
         table = self._table
         table.rule.fill_(rule)
-        table.threshold[:rows].copy_(settings.threshold)
-        table.min_layer[:rows].copy_(settings.min_layer)
-        table.max_layer[:rows].copy_(settings.max_layer)
+        table.threshold[:rows].copy_(torch.from_numpy(settings.threshold))
+        table.min_layer[:rows].copy_(torch.from_numpy(settings.min_layer))
+        table.max_layer[:rows].copy_(torch.from_numpy(settings.max_layer))
         self._cancelled.zero_()
         self._progress.zero_()
 
@@ -375,7 +378,7 @@ class _Pass:
 
     def leavers(self, batch: TokenBatch, abandoned: Abandoned | None) -> Iterator[Leavers]:
         rows, host = batch.num_rows, self._host
-        order = batch.order.cpu()
+        order = torch.from_numpy(batch.order)
         inside = torch.ones(rows, dtype=torch.bool)
         for place, exit_layer in enumerate(self._lane._specs):
             self.give_up(order, inside, abandoned)

@@ -26,11 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from offramp_model.backbone import activation_of, check_backbone, norm_eps_of, size_of
 from offramp_model.config import MultiExitConfig, ProblemType
 from offramp_model.families import Family, family_of
 from offramp_model.heads import ExitHeads
 from offramp_model.policies import HeadOutput
 from offramp_model.rows import PackedTokens, TokenBatch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What it can compute in, by the names of flags and tables."""
 
 TensorSource = Callable[[str], Tensor]
 """Name in `model.safetensors` → tensor; raises KeyError with the name if it is missing."""
@@ -114,11 +118,14 @@ class Embeddings:
         return self.positions.shape[0] - self.first_position
 
     def __call__(self, batch: TokenBatch) -> Tensor:
-        x = F.embedding(batch.input_ids, self.words)
-        x = x + F.embedding(batch.positions + self.first_position, self.positions)
+        device = self.words.device
+        x = F.embedding(torch.from_numpy(batch.input_ids).to(device), self.words)
+        positions = torch.from_numpy(batch.positions).to(device) + self.first_position
+        x = x + F.embedding(positions, self.positions)
         if self.types is not None:
             # A family with a single type (RoBERTa) was never trained on a second one.
-            x = x + F.embedding(batch.type_ids.clamp(max=self.types.shape[0] - 1), self.types)
+            types = torch.from_numpy(batch.type_ids).to(device).clamp(max=self.types.shape[0] - 1)
+            x = x + F.embedding(types, self.types)
         x = self.norm(x)
         return x if self.projection is None else self.projection(x)
 
@@ -136,11 +143,11 @@ class BackboneReader:
     ) -> None:
         self._source, self._family, self._backbone = source, family, backbone
         self._device, self._dtype = device, dtype
-        self._width = _size(backbone, family.width_key)
-        self._inner = _size(backbone, family.ffn_key)
-        self._heads = _size(backbone, family.heads_key)
-        self._activation = _activation(backbone, family)
-        self._eps = _norm_eps(backbone, family)
+        self._width = size_of(backbone, family.width_key)
+        self._inner = size_of(backbone, family.ffn_key)
+        self._heads = size_of(backbone, family.heads_key)
+        self._activation = _ACTIVATIONS[activation_of(backbone, family)]
+        self._eps = norm_eps_of(backbone, family)
 
     def tensor(self, name: str, *shape: int | None) -> Tensor:
         """One tensor; None in `shape` stands for any size."""
@@ -234,6 +241,7 @@ class PackedEncoder:
         self.config = config
         self.activation = str(backbone[family.activation_key])  # its name in `config.json`
         self.heads = heads.to(device).float().eval().requires_grad_(False)
+        self._exits = [self.heads.head(index) for index in range(config.num_exits)]
         self.embeddings = reader.embeddings()
         self.layers = [reader.layer(index) for index in range(config.num_layers)]
         words = self.embeddings.words
@@ -268,7 +276,8 @@ class PackedEncoder:
     @torch.inference_mode()
     def embed(self, batch: TokenBatch) -> PackedTokens:
         """Token ids → hidden states before the first layer."""
-        return PackedTokens(self.embeddings(batch), batch.cu_seqlens)
+        values = self.embeddings(batch)
+        return PackedTokens(values, torch.from_numpy(batch.cu_seqlens).to(values.device))
 
     @torch.inference_mode()
     def segment(self, exit_layer: int, hidden: PackedTokens) -> PackedTokens:
@@ -281,59 +290,4 @@ class PackedEncoder:
 
     @torch.inference_mode()
     def exit_head(self, exit_layer: int, hidden: PackedTokens) -> HeadOutput:
-        return self.heads.answer(self.config.exit_index(exit_layer), hidden)
-
-
-def check_backbone(backbone: dict[str, Any], config: MultiExitConfig) -> None:
-    """Check a backbone's `config.json` without its weights: can this encoder run it?
-
-    Raises:
-        ValueError: the architecture or a setting of it is not supported, a size is missing, or
-            depth or width are not those that the exits were made for.
-    """
-    family = family_of(backbone)
-    for what, key, expected in (
-        ("layers", family.layers_key, config.num_layers),
-        ("hidden size", family.width_key, config.hidden_size),
-    ):
-        if _size(backbone, key) != expected:
-            raise ValueError(
-                f"the backbone's config.json says {key} = {backbone[key]}, "
-                f"but the exits were made for {what} = {expected}"
-            )
-    heads = _size(backbone, family.heads_key)
-    if config.hidden_size % heads:
-        raise ValueError(
-            f"{family.heads_key} = {heads} does not divide {family.width_key} = "
-            f"{config.hidden_size}"
-        )
-    _size(backbone, family.ffn_key)
-    _activation(backbone, family)
-    _norm_eps(backbone, family)
-
-
-def _size(backbone: dict[str, Any], key: str) -> int:
-    value = backbone.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"config.json: {key} is {value!r}, allowed is a positive whole number")
-    return value
-
-
-def _norm_eps(backbone: dict[str, Any], family: Family) -> float:
-    if family.norm_eps_key is None:
-        return 1e-12
-    value = backbone.get(family.norm_eps_key)
-    if not isinstance(value, float | int) or not 0 < value < 1:
-        raise ValueError(
-            f"config.json: {family.norm_eps_key} is {value!r}, allowed is a number above 0"
-        )
-    return float(value)
-
-
-def _activation(backbone: dict[str, Any], family: Family) -> Callable[[Tensor], Tensor]:
-    name = backbone.get(family.activation_key)
-    if name not in _ACTIVATIONS:
-        raise ValueError(
-            f"config.json: {family.activation_key} is {name!r}, supported: {sorted(_ACTIVATIONS)}"
-        )
-    return _ACTIVATIONS[name]
+        return self._exits[self.config.exit_index(exit_layer)].answer(hidden)

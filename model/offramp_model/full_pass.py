@@ -6,8 +6,6 @@ Knows how to fill a batch, and nothing about what runs it or what the figures ar
 import time
 from collections.abc import Callable, Iterable
 
-import torch
-
 from offramp_model.layer_loop import Leavers
 from offramp_model.rows import Encoding, RowSettings, TokenBatch
 
@@ -26,18 +24,16 @@ def run_through(run: Run, depth: int, batch: TokenBatch) -> None:
         left.row.tolist()  # waits for the device
 
 
-def layer_timer(
-    run: Run, depth: int, *, longest: int, most_rows: int, device: torch.device | str = "cpu"
-) -> Callable[[int], float]:
+def layer_timer(run: Run, depth: int, *, longest: int, most_rows: int) -> Callable[[int], float]:
     """tokens → seconds of a layer: of a whole pass, embedding and heads included, over its depth.
 
     Texts have `TIMED_LENGTH` tokens, fewer where `longest` is less, and more only where
-    `most_rows` of them are too few; batches are made on `device`.
+    `most_rows` of them are too few.
     """
 
     def time_layer(tokens: int) -> float:
         count = min(max(1, tokens // min(TIMED_LENGTH, longest)), most_rows)
-        batch = uniform_batch(count, min(tokens // count, longest), device)
+        batch = uniform_batch(count, min(tokens // count, longest))
         started = time.perf_counter()
         run_through(run, depth, batch)
         return (time.perf_counter() - started) / depth
@@ -45,6 +41,6 @@ def layer_timer(
     return time_layer
 
 
-def uniform_batch(count: int, length: int, device: torch.device | str = "cpu") -> TokenBatch:
+def uniform_batch(count: int, length: int) -> TokenBatch:
     """So many texts of one length; which tokens they have makes no difference to the time."""
-    return TokenBatch.pack([Encoding([0] * length, [0] * length)] * count, device)
+    return TokenBatch.pack([Encoding([0] * length, [0] * length)] * count)

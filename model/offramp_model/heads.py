@@ -1,24 +1,22 @@
-"""Exit heads: each exit's pooling, the small classifier behind it, and the gate.
+"""Exit heads as modules of torch: parameters that can be trained.
 
-One module holds the heads of all exits, so that training optimises and the service runs the very
-same parameters; its state dict is `exits.safetensors`. It knows nothing about the encoder, about
-decisions, or about which rows are still alive.
+One module holds the heads of all exits; its state dict is `exits.safetensors`. What is computed
+with them stands in `exit_head.py` and `pooling.py`, here are first values, dropout and names. It
+knows nothing about the encoder, about decisions, or about which rows are still alive.
 """
 
 import torch
 from torch import Tensor, nn
 
 from offramp_model.config import MultiExitConfig
+from offramp_model.exit_head import DenseGate, ExitHead
 from offramp_model.policies import HeadOutput
-from offramp_model.pooling import make_pooling, pool_packed
+from offramp_model.pooling import pool, pool_packed
 from offramp_model.rows import PackedTokens
 
 
 class Gate(nn.Module):
-    """A small policy network: one logit per row, large where the row should leave.
-
-    Linear, GELU, Linear; with `hidden` 0 a single linear map (ConsistentEE page, section 1).
-    """
+    """A `DenseGate` to be trained; with `hidden` 0 it is a single linear map."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -27,10 +25,33 @@ class Gate(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """States [n, W] → logits [n]."""
-        if self.hidden is not None:
-            state = nn.functional.gelu(self.hidden(state))
-        logits: Tensor = self.out(state)
-        return logits.squeeze(-1)
+        logits: Tensor = DenseGate(self.hidden, self.out)(state)
+        return logits
+
+
+class PoolingModule(nn.Module):
+    """A form of pooling with its parameters, if it has any: the query of `attention`."""
+
+    query: nn.Parameter | None
+
+    def __init__(self, config: MultiExitConfig) -> None:
+        super().__init__()
+        self.form = config.pooling
+        query = None
+        if config.pooling == "attention":
+            size = config.hidden_size // config.attention_heads
+            query = nn.Parameter(torch.zeros(config.attention_heads, size))
+        self.register_parameter("query", query)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[rows, S, H], where padded with a 0/1 mask [rows, S] → [rows, P]."""
+        pooled: Tensor = pool(self.form, hidden, mask, self.query)
+        return pooled
+
+    def packed(self, hidden: PackedTokens) -> Tensor:
+        """Packed [T, H] → [n, P], the same without padding."""
+        pooled: Tensor = pool_packed(self.form, hidden, self.query)
+        return pooled
 
 
 class ExitHeads(nn.Module):
@@ -46,7 +67,7 @@ class ExitHeads(nn.Module):
     def __init__(self, config: MultiExitConfig) -> None:
         super().__init__()
         self._state_size = config.state_size
-        self.poolings = nn.ModuleList(make_pooling(config) for _ in range(config.num_exits))
+        self.poolings = nn.ModuleList(PoolingModule(config) for _ in range(config.num_exits))
         poolers = {"shared": 1, "per_exit": config.num_exits, "none": 0}[config.pooler]
         self.poolers = nn.ModuleList(
             nn.Linear(config.pooled_size, config.hidden_size) for _ in range(poolers)
@@ -84,29 +105,31 @@ class ExitHeads(nn.Module):
         pooled: Tensor = self.poolings[exit_index](hidden, attention_mask)
         return pooled
 
-    def pool_packed(self, exit_index: int, hidden: PackedTokens) -> Tensor:
-        """Packed hidden states [T, H] → pooled [n, P], the same without padding."""
-        return pool_packed(self.poolings[exit_index], hidden)
+    def head(self, exit_index: int) -> ExitHead:
+        """The head of the exit at 0-based `exit_index`, over these very parameters; no dropout."""
+        pooling = self.poolings[exit_index]
+        assert isinstance(pooling, PoolingModule)
+        return ExitHead(
+            pooling=pooling.form,
+            query=pooling.query,
+            pooler=self.poolers[min(exit_index, len(self.poolers) - 1)] if self.poolers else None,
+            classifier=self.classifiers[exit_index],
+            gate=self.gates[exit_index] if exit_index < len(self.gates) else None,
+            has_gates=bool(self.gates),
+        )
 
     def answer(self, exit_index: int, hidden: PackedTokens) -> HeadOutput:
-        """What the exit at 0-based `exit_index` says of packed hidden states; they are pooled in
-        their own dtype, the rest is float32."""
-        state = self.state(exit_index, self.pool_packed(exit_index, hidden).float())
-        return HeadOutput(
-            self.classify(exit_index, state), self.exit_probability(exit_index, state)
-        )
+        """See `ExitHead.answer`."""
+        return self.head(exit_index).answer(hidden)
 
     def forward(self, exit_index: int, pooled: Tensor) -> Tensor:
         """Pooled states [n, P] of the exit at 0-based `exit_index` → logits [n, C]."""
         return self.classify(exit_index, self.state(exit_index, pooled))
 
     def state(self, exit_index: int, pooled: Tensor) -> Tensor:
-        """What the classifier and the gate of an exit see, [n, W]: the pooled states [n, P], or
-        tanh of the pooler's map of them."""
-        if not self.poolers:
-            return pooled
-        pooler = self.poolers[min(exit_index, len(self.poolers) - 1)]
-        return torch.tanh(pooler(pooled))
+        """See `ExitHead.state`."""
+        state: Tensor = self.head(exit_index).state(pooled)
+        return state
 
     def classify(self, exit_index: int, state: Tensor) -> Tensor:
         """States [n, W] → logits [n, C]."""
@@ -121,13 +144,8 @@ class ExitHeads(nn.Module):
         return logits
 
     def exit_probability(self, exit_index: int, state: Tensor) -> Tensor | None:
-        """The gate's probability [n] that a row leaves here: 1 at the last exit, None without
-        gates."""
-        if not self.gates:
-            return None
-        if exit_index == len(self.classifiers) - 1:
-            return state.new_ones(len(state))
-        return torch.sigmoid(self.gate_logits(exit_index, state))
+        """See `ExitHead.exit_probability`."""
+        return self.head(exit_index).exit_probability(state)
 
 
 def _initialise(module: nn.Module) -> None:

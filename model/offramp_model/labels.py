@@ -11,12 +11,10 @@ recorded exits or rows.
 
 from collections.abc import Callable, Iterable
 
-import torch
-from torch import Tensor
-
+from offramp_model.arrays import Array, namespace, on_device_of
 from offramp_model.config import MOST_LABELS_OF_SETS, ProblemType
 
-Reading = Callable[[Tensor], Tensor]
+Reading = Callable[[Array], Array]
 """Logits [..., C] → what they say, int64 [...]."""
 
 
@@ -25,24 +23,25 @@ def reading(problem_type: ProblemType) -> Reading:
     return label_set if problem_type == "multi_label_classification" else most_probable
 
 
-def most_probable(logits: Tensor) -> Tensor:
+def most_probable(logits: Array) -> Array:
     """The class with the largest logit."""
-    return logits.argmax(dim=-1)
+    return namespace(logits).argmax(logits, axis=-1)
 
 
-def label_set(logits: Tensor) -> Tensor:
+def label_set(logits: Array) -> Array:
     """The labels with sigmoid(z) > 0.5, that is z > 0: exact, whatever sigmoid rounds to."""
     return to_bits(logits > 0)
 
 
-def to_bits(members: Tensor) -> Tensor:
+def to_bits(members: Array) -> Array:
     """Who is in a set, bool [..., C] → its bits, int64 [...]."""
-    return (members.long() << _places(members.shape[-1], members.device)).sum(dim=-1)
+    xp = namespace(members)
+    return xp.sum(xp.astype(members, xp.int64) << _places(members.shape[-1], members), axis=-1)
 
 
-def from_bits(sets: Tensor, num_labels: int = MOST_LABELS_OF_SETS) -> Tensor:
+def from_bits(sets: Array, num_labels: int = MOST_LABELS_OF_SETS) -> Array:
     """Undo of `to_bits`: int64 [...] → bool [..., C]."""
-    return (sets[..., None] >> _places(num_labels, sets.device) & 1).bool()
+    return (sets[..., None] >> _places(num_labels, sets) & 1) == 1
 
 
 def bits_of(ids: Iterable[int]) -> int:
@@ -55,5 +54,6 @@ def ids_of(bits: int) -> list[int]:
     return [label for label in range(bits.bit_length()) if bits >> label & 1]
 
 
-def _places(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device)
+def _places(count: int, beside: Array) -> Array:
+    xp = namespace(beside)
+    return xp.arange(count, dtype=xp.int64, **on_device_of(beside))

@@ -1,8 +1,8 @@
 """The heart: run a batch layer by layer and let each row leave at the first exit that is sure.
 
 Everything that answers from a checkpoint drives this one loop: the service, evaluation and the
-tests. It knows nothing of weights, devices, requests, futures or time; it sees a stack of
-segments, rows, and a policy.
+tests. It knows nothing of weights, devices, requests, futures or time, nor of which library
+computes (`arrays.py`); it sees a stack of segments, rows, and a policy.
 
 Deciding and compacting are separate. A decision latches a row's answer at the exit where it was
 made; compaction only stops carrying rows that already left, and no schedule of it can change an
@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
+from offramp_model.arrays import Array, indices, like, namespace
 from offramp_model.config import ProblemType
 from offramp_model.policies import Decision, ExitPolicy, HeadOutput
 from offramp_model.rows import ActiveRows, PackedTokens, RowSettings, TokenBatch
@@ -57,18 +55,18 @@ class Leavers:
     """
 
     exit_layer: int
-    row: Tensor
-    label: Tensor
-    logits: Tensor
-    signal: Tensor
-    by_policy: Tensor
+    row: Array
+    label: Array
+    logits: Array
+    signal: Array
+    by_policy: Array
     rows_run: int
 
 
 Compaction = Callable[[int, int, int], bool]
 """(exit_layer, rows alive, rows carried) → compact now?"""
 
-Abandoned = Callable[[Tensor], Tensor]
+Abandoned = Callable[[Array], Array]
 """Submitted indices of live rows, int64 [n] → bool [n]: nobody waits for this answer any more."""
 
 
@@ -80,17 +78,19 @@ def every_exit(exit_layer: int, alive: int, carried: int) -> bool:
 def start_rows(
     stack: LayerStack, batch: TokenBatch, policy: ExitPolicy, settings: RowSettings
 ) -> ActiveRows:
-    """Embed a batch and give every row its settings (in submitted order) and a fresh state."""
+    """Embed a batch and give every row its settings (in submitted order) and a fresh state, where
+    and as what the stack keeps its hidden states."""
     settings = settings.at(batch.order)
-    device = batch.order.device
+    hidden = stack.embed(batch)
+    there = hidden.cu_seqlens
     return ActiveRows(
-        hidden=stack.embed(batch),
-        row=batch.order,
-        threshold=settings.threshold,
-        min_layer=settings.min_layer,
-        max_layer=settings.max_layer,
-        alive=torch.ones(batch.num_rows, dtype=torch.bool, device=device),
-        state=policy.initial_state(batch.num_rows, stack.num_labels, device),
+        hidden=hidden,
+        row=like(there, batch.order, "int64"),
+        threshold=like(there, settings.threshold, "float64"),
+        min_layer=like(there, settings.min_layer, "int64"),
+        max_layer=like(there, settings.max_layer, "int64"),
+        alive=like(there, [True] * batch.num_rows, "bool"),
+        state=policy.initial_state(batch.num_rows, stack.num_labels, there),
     )
 
 
@@ -112,7 +112,7 @@ def layer_loop(
         if abandoned is not None:
             rows.alive = rows.alive & ~abandoned(rows.row)
         # Here, and only here, the host learns how many rows are left.
-        alive = int(rows.alive.sum())
+        alive = int(namespace(rows.alive).count_nonzero(rows.alive))
         if alive == 0:
             return
         if compact(exit_layer, alive, rows.num_rows) and alive < rows.num_rows:
@@ -131,20 +131,20 @@ def layer_loop(
 
 def _leavers(
     exit_layer: int,
-    leaving: Tensor,
-    sure: Tensor,
+    leaving: Array,
+    sure: Array,
     head: HeadOutput,
     decision: Decision,
     rows: ActiveRows,
     rows_run: int,
 ) -> Leavers:
-    index = leaving.nonzero().squeeze(-1)
+    xp, index = namespace(leaving), indices(leaving)
     return Leavers(
         exit_layer=exit_layer,
-        row=rows.row.index_select(0, index),
-        label=decision.label.index_select(0, index),
-        logits=head.logits.index_select(0, index).float(),
-        signal=decision.signal.index_select(0, index),
-        by_policy=sure.index_select(0, index),
+        row=rows.row[index],
+        label=decision.label[index],
+        logits=xp.astype(head.logits[index], xp.float32, copy=False),
+        signal=decision.signal[index],
+        by_policy=sure[index],
         rows_run=rows_run,
     )

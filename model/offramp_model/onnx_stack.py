@@ -1,10 +1,13 @@
 """The encoder as ONNX Runtime sessions, one for each stretch from exit to exit: a `LayerStack`.
 
 Hidden states go from session to session as the same packed tokens that the torch encoder uses, so
-compaction, exit heads and the layer loop are the very same code; heads stay in torch and float32.
+compaction, exit heads and the layer loop are the very same code, over numpy's arrays: nothing here
+loads torch.
 
 All sessions of a process share one pool of threads, whose idle ones do not spin between calls: with
-a pool for each session, as by default, chains of small sessions take several times as long.
+a pool for each session, as by default, chains of small sessions take several times as long. They
+share one arena of memory as well, as only one of them runs at a time: by default each would keep
+what its largest batch took.
 
 onnxruntime (extra `onnx`) is imported when a stack is made. It knows nothing about policies,
 directories or how graphs are written.
@@ -13,16 +16,16 @@ directories or how graphs are written.
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from offramp_model.config import MultiExitConfig, ProblemType
-from offramp_model.heads import ExitHeads
+from offramp_model.exit_head import ExitHead
 from offramp_model.policies import HeadOutput
 from offramp_model.rows import PackedTokens, Run, TokenBatch
 from offramp_model.run_slots import MAX_RUNS, plan_runs
@@ -54,12 +57,12 @@ class OnnxStack:
     Args:
         embeddings: token ids → hidden states.
         segments: by exit layer.
-        heads: the exit heads.
+        heads: of the exits, in their order, float32.
         config: exits, pooling and labels.
         vocab_size: rows of the embedding table.
         max_positions: longest text, in tokens with specials, that the position table allows.
         threads: of the pool that all stacks of a process share; the first one decides. Default:
-            torch's number.
+            the cores that the process may use.
         device: "cuda" runs what onnxruntime can on its CUDA provider; hidden states come back to
             the host at every exit.
 
@@ -72,7 +75,7 @@ class OnnxStack:
         self,
         embeddings: Graph,
         segments: Mapping[int, Graph],
-        heads: ExitHeads,
+        heads: Sequence[ExitHead],
         config: MultiExitConfig,
         *,
         vocab_size: int,
@@ -81,7 +84,7 @@ class OnnxStack:
         device: Device = "cpu",
     ) -> None:
         self._config = config
-        self._heads = heads.float().eval().requires_grad_(False)
+        self._heads = heads
         self._embeddings = make_session(embeddings, threads, device)
         self._inputs = [one.name for one in self._embeddings.get_inputs()]
         self._segments = {
@@ -107,18 +110,16 @@ class OnnxStack:
 
     def embed(self, batch: TokenBatch) -> PackedTokens:
         """Token ids → hidden states before the first layer."""
-        feeds = {name: getattr(batch, name).numpy() for name in self._inputs}
+        feeds = {name: getattr(batch, name) for name in self._inputs}
         (values,) = self._embeddings.run(None, feeds)
-        return PackedTokens(torch.from_numpy(values), batch.cu_seqlens)
+        return PackedTokens(values, batch.cu_seqlens)
 
     def segment(self, exit_layer: int, hidden: PackedTokens) -> PackedTokens:
-        session, values = self._segments[exit_layer], hidden.values.numpy()
-        (after,) = run_segment(session, values, hidden.runs)
-        return hidden.replace(torch.from_numpy(after))
+        (after,) = run_segment(self._segments[exit_layer], hidden.values, hidden.runs)
+        return hidden.replace(after)
 
-    @torch.inference_mode()
     def exit_head(self, exit_layer: int, hidden: PackedTokens) -> HeadOutput:
-        return self._heads.answer(self._config.exit_index(exit_layer), hidden)
+        return self._heads[self._config.exit_index(exit_layer)].answer(hidden)
 
 
 def run_segment(
@@ -140,8 +141,8 @@ def run_segment(
 
 
 def make_session(graph: Graph, threads: int | None = None, device: Device = "cpu") -> Any:
-    """A session in the shared pool, which the first one makes; `threads` and `device` as for
-    `OnnxStack`.
+    """A session in the shared pool and arena, which the first one makes; `threads` and `device` as
+    for `OnnxStack`.
 
     Raises:
         ValueError: onnxruntime cannot run the graph, or not on this device.
@@ -151,12 +152,13 @@ def make_session(graph: Graph, threads: int | None = None, device: Device = "cpu
     there = onnxruntime.get_available_providers()
     if device == "cuda" and CUDA not in there:
         raise ValueError(f"this onnxruntime has no {CUDA}; it has: {', '.join(there)}")
-    _start_pool(threads or torch.get_num_threads())
+    _share(threads or len(os.sched_getaffinity(0)))
     options = onnxruntime.SessionOptions()
     options.use_per_session_threads = False
     # It would keep a memory plan for each combination of shapes it has seen, and no two batches are
     # alike here: the process grows for as long as it serves.
     options.enable_mem_pattern = False
+    options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.x64quantprecision", exact_int8())
     options.log_severity_level = 3  # a failing call raises; it need not also print
@@ -178,11 +180,21 @@ def exact_int8() -> Literal["0", "1"]:
     x86 without VNNI adds pairs of them in 16 bits, which overflow: "1" takes another kernel there,
     three quarters as fast and exact. With VNNI the usual one is exact, and twice as fast as that.
     """
-    features = torch.cpu.get_capabilities()
-    return "0" if features.get("avx512_vnni") or features.get("avx_vnni") else "1"
+    return "0" if {"avx512_vnni", "avx_vnni"} & _cpu_flags() else "1"
 
 
-def _start_pool(threads: int) -> None:
+@cache
+def _cpu_flags() -> frozenset[str]:
+    """What the kernel says of the first processor; nothing where it says nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
+
+
+def _share(threads: int) -> None:
     """Before the first session of the process; later calls can change nothing."""
     import onnxruntime
 
@@ -190,6 +202,15 @@ def _start_pool(threads: int) -> None:
     with _lock:
         if _pool_threads is None:
             onnxruntime.set_global_thread_pool_sizes(threads, 1)
+            onnxruntime.create_and_register_allocator(
+                onnxruntime.OrtMemoryInfo(
+                    "Cpu",
+                    onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
+                    0,
+                    onnxruntime.OrtMemType.DEFAULT,
+                ),
+                None,  # grows as an arena of its own would
+            )
             _pool_threads = threads
         elif _pool_threads != threads:
             log.warning(

@@ -4,19 +4,19 @@ Every policy reduces what it has seen of a row to one scalar, the signal, and co
 row's threshold in the units and direction of its paper. Two rules are common to all and stand in
 one place, `_leaves`: the *exit* condition is what is computed, and a NaN signal never leaves.
 
-A policy knows nothing about layers to come, compaction, batching or calibration. `min_layer`,
-`max_layer` and the last layer are the layer loop's business.
+Arrays are of numpy or torch, whichever the layer loop's stack computes with. A policy knows nothing
+about layers to come, compaction, batching or calibration. `min_layer`, `max_layer` and the last
+layer are the layer loop's business.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol
 
-import torch
-from torch import Tensor
-
 from offramp_model import signals
+from offramp_model.arrays import Array, like, namespace, on_device_of
 from offramp_model.config import MultiExitConfig, PolicyOptions, ProblemType
 from offramp_model.labels import Reading, label_set, most_probable
 from offramp_model.rows import ActiveRows
@@ -29,8 +29,8 @@ class HeadOutput:
     """What an exit says about each row: `logits` [n, C], and where the model has gates, the
     gate's probability to leave here, `gate` [n]."""
 
-    logits: Tensor
-    gate: Tensor | None = None
+    logits: Array
+    gate: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,9 @@ class Decision:
     """Per row: `leaving` bool [n], `label` int64 [n], and the compared `signal` [n]. A label is
     what `labels.py` reads in the logits: a class, or a set of labels as bits."""
 
-    leaving: Tensor
-    label: Tensor
-    signal: Tensor
+    leaving: Array
+    label: Array
+    signal: Array
 
 
 class ExitPolicy(Protocol):
@@ -54,10 +54,9 @@ class ExitPolicy(Protocol):
         """How a signal is compared: it leaves when `<` (below), `>` (above), `>=` (at_least)."""
         ...
 
-    def initial_state(
-        self, count: int, num_labels: int, device: torch.device | str
-    ) -> dict[str, Tensor]:
-        """The policy's memory for `count` new rows; every tensor's first dimension is `count`."""
+    def initial_state(self, count: int, num_labels: int, beside: Array) -> dict[str, Array]:
+        """The policy's memory for `count` new rows, in the library and on the device of `beside`;
+        every array's first dimension is `count`."""
         ...
 
     def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
@@ -67,15 +66,15 @@ class ExitPolicy(Protocol):
 
 def never(policy: ExitPolicy) -> float:
     """The threshold with which no row leaves early: -inf for `below`, else +inf."""
-    return -torch.inf if policy.direction == "below" else torch.inf
+    return -math.inf if policy.direction == "below" else math.inf
 
 
-def _leaves(signal: Tensor, threshold: Tensor, direction: Direction) -> Tensor:
+def _leaves(signal: Array, threshold: Array, direction: Direction) -> Array:
     """The exit condition, in the signal's own dtype (0.9 in float32 is below 0.9 in float64).
 
     Comparisons with NaN are false, so a NaN signal stays; "stay" is never what is computed.
     """
-    limit = threshold.to(signal.dtype)
+    limit = namespace(signal).astype(threshold, signal.dtype, copy=False)
     if direction == "below":
         return signal < limit
     if direction == "above":
@@ -83,14 +82,18 @@ def _leaves(signal: Tensor, threshold: Tensor, direction: Direction) -> Tensor:
     return signal >= limit
 
 
+def _broken(logits: Array) -> Array:
+    """Rows that hold a NaN, bool [n]."""
+    xp = namespace(logits)
+    return xp.any(xp.isnan(logits), axis=-1)
+
+
 class _Memoryless:
     """A policy that looks at one exit at a time."""
 
     __slots__ = ()
 
-    def initial_state(
-        self, count: int, num_labels: int, device: torch.device | str
-    ) -> dict[str, Tensor]:
+    def initial_state(self, count: int, num_labels: int, beside: Array) -> dict[str, Array]:
         return {}
 
 
@@ -100,12 +103,13 @@ class FullDepthPolicy(_Memoryless):
 
     name: str = "full_depth"
     direction: Direction = "above"
-    signal: Callable[[Tensor], Tensor] = signals.max_probability
+    signal: Callable[[Array], Array] = signals.max_probability
     label: Reading = most_probable
 
     def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
         signal = self.signal(head.logits)
-        stays = torch.zeros_like(signal, dtype=torch.bool)
+        xp = namespace(signal)
+        stays = xp.zeros_like(signal, dtype=xp.bool)
         return Decision(stays, self.label(head.logits), signal)
 
 
@@ -118,7 +122,7 @@ class FixedLayerPolicy(_Memoryless):
     label: Reading = most_probable
 
     def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
-        signal = torch.full_like(rows.threshold, float(exit_layer))
+        signal = namespace(rows.threshold).full_like(rows.threshold, float(exit_layer))
         leaving = _leaves(signal, rows.threshold, self.direction)
         return Decision(leaving, self.label(head.logits), signal)
 
@@ -132,7 +136,7 @@ class SignalPolicy(_Memoryless):
 
     name: str
     direction: Direction
-    signal: Callable[[Tensor], Tensor]
+    signal: Callable[[Array], Array]
     label: Reading = most_probable
 
     def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
@@ -154,21 +158,19 @@ class PatiencePolicy:
     direction: Direction = "at_least"
     label: Reading = most_probable
 
-    def initial_state(
-        self, count: int, num_labels: int, device: torch.device | str
-    ) -> dict[str, Tensor]:
+    def initial_state(self, count: int, num_labels: int, beside: Array) -> dict[str, Array]:
+        xp, there = namespace(beside), on_device_of(beside)
         return {
-            "last_label": torch.full((count,), -1, dtype=torch.int64, device=device),
-            "agreeing": torch.zeros(count, dtype=torch.float32, device=device),
+            "last_label": xp.full((count,), -1, dtype=xp.int64, **there),
+            "agreeing": xp.zeros((count,), dtype=xp.float32, **there),
         }
 
     def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
-        label = self.label(head.logits)
-        broken = head.logits.isnan().any(dim=-1)
+        xp, label, broken = namespace(head.logits), self.label(head.logits), _broken(head.logits)
         agrees = (label == rows.state["last_label"]) & ~broken
-        agreeing = torch.where(agrees, rows.state["agreeing"] + 1, 0.0)
-        rows.state = {"last_label": torch.where(broken, -1, label), "agreeing": agreeing}
-        signal = torch.where(broken, torch.nan, agreeing)
+        agreeing = xp.where(agrees, rows.state["agreeing"] + 1, 0.0)
+        rows.state = {"last_label": xp.where(broken, -1, label), "agreeing": agreeing}
+        signal = xp.where(broken, xp.nan, agreeing)
         return Decision(_leaves(signal, rows.threshold, self.direction), label, signal)
 
 
@@ -194,35 +196,41 @@ class VotePolicy:
         if not 0.0 <= self.exponent < 1.0:
             raise ValueError(f"the vote exponent must lie in [0, 1), got {self.exponent}")
 
-    def initial_state(
-        self, count: int, num_labels: int, device: torch.device | str
-    ) -> dict[str, Tensor]:
+    def initial_state(self, count: int, num_labels: int, beside: Array) -> dict[str, Array]:
+        xp, there = namespace(beside), on_device_of(beside)
         return {
-            "votes": torch.zeros(count, num_labels, dtype=torch.int64, device=device),
+            "votes": xp.zeros((count, num_labels), dtype=xp.int64, **there),
             # At which exit each class was voted for last, for ties of the majority fallback.
-            "voted_at": torch.zeros(count, num_labels, dtype=torch.int64, device=device),
-            "exits_seen": torch.zeros(count, dtype=torch.int64, device=device),
+            "voted_at": xp.zeros((count, num_labels), dtype=xp.int64, **there),
+            "exits_seen": xp.zeros((count,), dtype=xp.int64, **there),
         }
 
     def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
-        own = head.logits.argmax(dim=-1)
-        broken = head.logits.isnan().any(dim=-1)
+        xp, own, broken = namespace(head.logits), most_probable(head.logits), _broken(head.logits)
         seen = rows.state["exits_seen"] + 1
-        ballot = torch.nn.functional.one_hot(own, head.logits.shape[-1]) * ~broken[:, None]
-        votes = rows.state["votes"] + ballot
-        voted_at = torch.where(ballot.bool(), seen[:, None], rows.state["voted_at"])
+        classes = xp.arange(head.logits.shape[-1], dtype=xp.int64, **on_device_of(own))
+        is_own = classes == own[:, None]
+        ballot = is_own & ~broken[:, None]
+        votes = rows.state["votes"] + xp.astype(ballot, xp.int64)
+        voted_at = xp.where(ballot, seen[:, None], rows.state["voted_at"])
         rows.state = {"votes": votes, "voted_at": voted_at, "exits_seen": seen}
 
-        most = votes.amax(dim=-1)
+        most = xp.max(votes, axis=-1)
         tied = votes == most[:, None]
-        own_wins = tied.gather(1, own[:, None]).squeeze(1)
-        winner = torch.where(own_wins, own, votes.argmax(dim=-1))
-        signal = most.double() / seen.double() ** self.exponent
-        signal = torch.where(broken, torch.nan, signal)
+        own_wins = xp.any(tied & is_own, axis=-1)
+        winner = xp.where(own_wins, own, xp.argmax(votes, axis=-1))
+        signal = xp.astype(most, xp.float64) / self._divisor(seen, exit_layer)
+        signal = xp.where(broken, xp.nan, signal)
         leaving = _leaves(signal, rows.threshold, self.direction)
-        latest = torch.where(tied, voted_at, -1).argmax(dim=-1)
+        latest = xp.argmax(xp.where(tied, voted_at, -1), axis=-1)
         at_end = latest if self.fallback == "majority" else own
-        return Decision(leaving, torch.where(leaving, winner, at_end), signal)
+        return Decision(leaving, xp.where(leaving, winner, at_end), signal)
+
+    def _divisor(self, seen: Array, exit_layer: int) -> Array:
+        """l^p of each row, by Python's own power: libraries' powers differ in the last bit. There
+        are no more exits than layers."""
+        powers = [0.0, *(float(exits) ** self.exponent for exits in range(1, exit_layer + 1))]
+        return like(seen, powers, "float64")[seen]
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,16 +247,16 @@ class GatePolicy(_Memoryless):
     def decide(self, exit_layer: int, head: HeadOutput, rows: ActiveRows) -> Decision:
         if head.gate is None:
             raise ValueError("exit policy 'gate' needs gates, and this model has none")
-        broken = head.logits.isnan().any(dim=-1)
-        signal = torch.where(broken, torch.nan, head.gate)
+        xp = namespace(head.logits)
+        signal = xp.where(_broken(head.logits), xp.nan, head.gate)
         leaving = _leaves(signal, rows.threshold, self.direction)
-        return Decision(leaving, head.logits.argmax(dim=-1), signal)
+        return Decision(leaving, most_probable(head.logits), signal)
 
 
 def _signal_policy(
     name: str,
     direction: Direction,
-    signal: Callable[..., Tensor],
+    signal: Callable[..., Array],
     label: Reading = most_probable,
 ) -> Callable[[PolicyOptions], ExitPolicy]:
     def make(options: PolicyOptions) -> ExitPolicy:

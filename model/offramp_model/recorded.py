@@ -1,7 +1,8 @@
 """What every exit says of a set of texts, recorded once and replayed under any policy.
 
 The replay is a `LayerStack` without an encoder: evaluation and calibration drive the real layer
-loop over it, at no encoder cost. It knows nothing about where the figures came from.
+loop over it, at no encoder cost. Records are tensors of torch, whatever the stack computes with. It
+knows nothing about where the figures came from.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,7 +55,8 @@ class RecordedExits:
     @property
     def said(self) -> Tensor:
         """The label, or label set, that every exit says of every row: int64 [E, N]."""
-        return reading(self.problem_type)(self.logits)
+        said: Tensor = reading(self.problem_type)(self.logits)
+        return said
 
 
 class RecordedStack:
@@ -81,7 +83,8 @@ class RecordedStack:
 
     def embed(self, batch: TokenBatch) -> PackedTokens:
         # float64 holds every row index exactly.
-        return PackedTokens(batch.input_ids[:, None].double(), batch.cu_seqlens)
+        rows = torch.from_numpy(batch.input_ids)[:, None].double()
+        return PackedTokens(rows, torch.from_numpy(batch.cu_seqlens))
 
     def segment(self, exit_layer: int, hidden: PackedTokens) -> PackedTokens:
         return hidden
@@ -112,15 +115,14 @@ def record_exits(
     encodings: Sequence[Encoding],
     *,
     batch_size: int = 64,
-    device: torch.device | str = "cpu",
     last_only: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> RecordedExits:
     """Run texts through the whole stack and keep what every exit says.
 
-    Batches are formed in order of length, so that a batch holds few distinct lengths. `device` is
-    the stack's; what is kept lies on the CPU. With `last_only` no other exit is asked or kept.
-    `progress` is told the number of rows done after each batch.
+    Batches are formed in order of length, so that a batch holds few distinct lengths. What is kept
+    lies on the CPU. With `last_only` no other exit is asked or kept. `progress` is told the number
+    of rows done after each batch.
 
     Raises:
         ValueError: there are no texts.
@@ -133,8 +135,8 @@ def record_exits(
     gate: Tensor | None = None
     for start in range(0, len(by_length), batch_size):
         chosen = by_length[start : start + batch_size]
-        batch = TokenBatch.pack([encodings[index] for index in chosen], device)
-        submitted = torch.tensor(chosen)[batch.order.cpu()]
+        batch = TokenBatch.pack([encodings[index] for index in chosen])
+        submitted = torch.tensor(chosen)[batch.order]
         hidden = stack.embed(batch)
         for exit_layer in stack.exit_layers:
             hidden = stack.segment(exit_layer, hidden)
@@ -142,10 +144,10 @@ def record_exits(
                 continue
             exit_index = kept.index(exit_layer)
             head = stack.exit_head(exit_layer, hidden)
-            logits[exit_index, submitted] = head.logits.float().cpu()
+            logits[exit_index, submitted] = torch.as_tensor(head.logits).float().cpu()
             if head.gate is not None:
                 gate = logits.new_empty(logits.shape[:2]) if gate is None else gate
-                gate[exit_index, submitted] = head.gate.float().cpu()
+                gate[exit_index, submitted] = torch.as_tensor(head.gate).float().cpu()
         if progress is not None:
             progress(start + len(chosen))
     return RecordedExits(logits, kept, gate, stack.problem_type)

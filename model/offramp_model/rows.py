@@ -3,6 +3,9 @@
 `ActiveRows` has one way to drop rows, `keep`; whatever is per row lives in it, so nothing can be
 forgotten when the batch is compacted. It knows nothing about layers, policies or requests.
 
+A batch as submitted, tokens and settings, is numpy's; once a stack has embedded it, everything of
+its rows is in the stack's own library (`arrays.py`) and on its device.
+
 Tokens are packed: all rows' tokens stand one after another, [T, H], without padding, and
 `cu_seqlens` says where each row starts. Rows are sorted by length when a batch is packed and
 compaction keeps the order, so rows of equal length always form one contiguous run.
@@ -11,14 +14,15 @@ compaction keeps the order, so rows of equal length always form one contiguous r
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Self
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike
-from torch import Tensor
+from numpy.typing import NDArray
 
-from offramp_kernels import compact_plan, gather_rows
+from offramp_model.arrays import Array, indices, is_on_gpu, namespace, on_device_of
+
+MAX_ROWS = 4096
+"""Rows of a batch, which is what the kernels take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +44,22 @@ class TokenBatch:
     `cu_seqlens` is int32 [n+1]; `order[j]` (int64 [n]) is the submitted index of packed row j.
     """
 
-    input_ids: Tensor
-    type_ids: Tensor
-    positions: Tensor
-    cu_seqlens: Tensor
-    order: Tensor
+    input_ids: NDArray[np.int64]
+    type_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    cu_seqlens: NDArray[np.int32]
+    order: NDArray[np.int64]
 
     @property
     def num_rows(self) -> int:
-        return self.order.shape[0]
+        return len(self.order)
 
     @property
     def num_tokens(self) -> int:
-        return self.input_ids.shape[0]
+        return len(self.input_ids)
 
     @classmethod
-    def pack(
-        cls, encodings: Sequence[Encoding], device: torch.device | str = "cpu"
-    ) -> "TokenBatch":
+    def pack(cls, encodings: Sequence[Encoding]) -> Self:
         """Pack texts, shortest first; equal lengths keep the order in which they were submitted.
 
         Raises:
@@ -74,18 +76,13 @@ class TokenBatch:
             ids += encoding.ids
             type_ids += encoding.type_ids
             offsets.append(len(ids))
-
-        starts = np.repeat(offsets[:-1], np.diff(offsets))
-
-        def tensor(values: ArrayLike, dtype: type[np.integer[Any]] = np.int64) -> Tensor:
-            return torch.from_numpy(np.asarray(values, dtype)).to(device)
-
+        cu_seqlens = np.array(offsets, np.int32)
         return cls(
-            input_ids=tensor(ids),
-            type_ids=tensor(type_ids),
-            positions=tensor(np.arange(len(ids)) - starts),
-            cu_seqlens=tensor(offsets, np.int32),
-            order=tensor(order),
+            input_ids=np.array(ids, np.int64),
+            type_ids=np.array(type_ids, np.int64),
+            positions=np.arange(len(ids)) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens)),
+            cu_seqlens=cu_seqlens,
+            order=np.array(order, np.int64),
         )
 
 
@@ -106,18 +103,19 @@ class Run:
 class PackedTokens:
     """Hidden states of the rows still inside: `values` [T, H] and `cu_seqlens` int32 [n+1]."""
 
-    values: Tensor
-    cu_seqlens: Tensor
+    values: Array
+    cu_seqlens: Array
     _runs: tuple[Run, ...] | None = field(default=None, repr=False)
 
     @property
     def num_rows(self) -> int:
-        return self.cu_seqlens.shape[0] - 1
+        rows: int = self.cu_seqlens.shape[0] - 1
+        return rows
 
     @property
-    def lengths(self) -> Tensor:
+    def lengths(self) -> Array:
         """Tokens of each row, int32 [n]."""
-        return self.cu_seqlens.diff()
+        return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -125,29 +123,56 @@ class PackedTokens:
         if self._runs is None:
             found, start = [], 0
             for length, members in groupby(self.lengths.tolist()):
-                run = Run(start, sum(1 for _ in members), length)
+                run = Run(start, len(list(members)), length)
                 found.append(run)
                 start = run.stop
             self._runs = tuple(found)
         return self._runs
 
-    def replace(self, values: Tensor) -> "PackedTokens":
+    def replace(self, values: Array) -> "PackedTokens":
         """The same rows with new hidden states."""
         return PackedTokens(values, self.cu_seqlens, self._runs)
 
-    def keep(self, stays: Tensor) -> "PackedTokens":
-        """Only the rows where `stays` (bool [n]) is true, in the same order."""
+    def keep(self, stays: Array) -> "PackedTokens":
+        """Only the rows where `stays` (bool [n]) is true, in the same order; maybe a view."""
+        if is_on_gpu(stays):
+            return self._keep_on_gpu(stays)
+        xp, survivors = namespace(stays), indices(stays)
+        starts, lengths = self.cu_seqlens[:-1][survivors], self.lengths[survivors]
+        cu_seqlens = xp.zeros(
+            (survivors.shape[0] + 1,), dtype=self.cu_seqlens.dtype, **on_device_of(stays)
+        )
+        cu_seqlens[1:] = xp.cumulative_sum(lengths)
+        return PackedTokens(self._tokens(starts, lengths, cu_seqlens), cu_seqlens)
+
+    def _tokens(self, starts: Array, lengths: Array, cu_seqlens: Array) -> Array:
+        """The hidden states of texts that begin at `starts`, packed to `cu_seqlens`."""
+        if starts.shape[0] == 0:
+            return self.values[:0]
+        first, last, tokens = int(starts[0]), int(starts[-1] + lengths[-1]), int(cu_seqlens[-1])
+        if last - first == tokens:  # nobody left between them: nothing need be copied
+            return self.values[first:last]
+        # Each token's place of now, and how far its text moves.
+        xp = namespace(starts)
+        shift = xp.repeat(starts - cu_seqlens[:-1], lengths)
+        index = shift + xp.arange(tokens, dtype=starts.dtype, **on_device_of(starts))
+        return xp.take(self.values, index, axis=0)
+
+    def _keep_on_gpu(self, stays: Array) -> "PackedTokens":
+        """`keep` by the kernels, which wait for the host once."""
+        from offramp_kernels import compact_plan, gather_rows
+
         plan = compact_plan(stays, self.cu_seqlens)
         values = gather_rows(self.values, self.cu_seqlens, plan)
-        # The one place where the survivor count is read on the host.
         survivors, _ = plan.read_counts()
         return PackedTokens(values, plan.cu_seqlens[: survivors + 1])
 
     def append(self, other: "PackedTokens") -> "PackedTokens":
         """These rows, then the others."""
+        xp = namespace(self.values)
         starts = other.cu_seqlens[1:] + self.cu_seqlens[-1]
         return PackedTokens(
-            torch.cat([self.values, other.values]), torch.cat([self.cu_seqlens, starts])
+            xp.concat([self.values, other.values]), xp.concat([self.cu_seqlens, starts])
         )
 
 
@@ -159,9 +184,9 @@ class RowSettings:
     1-based and inclusive.
     """
 
-    threshold: Tensor
-    min_layer: Tensor
-    max_layer: Tensor
+    threshold: NDArray[np.float64]
+    min_layer: NDArray[np.int64]
+    max_layer: NDArray[np.int64]
 
     @classmethod
     def uniform(
@@ -169,18 +194,14 @@ class RowSettings:
     ) -> "RowSettings":
         """The same settings for every row."""
         return cls(
-            threshold=torch.full((count,), threshold, dtype=torch.float64),
-            min_layer=torch.full((count,), min_layer, dtype=torch.int64),
-            max_layer=torch.full((count,), max_layer, dtype=torch.int64),
+            threshold=np.full(count, threshold, np.float64),
+            min_layer=np.full(count, min_layer, np.int64),
+            max_layer=np.full(count, max_layer, np.int64),
         )
 
-    def at(self, order: Tensor) -> "RowSettings":
-        """The settings in another order, on the device of `order`."""
-        return RowSettings(
-            threshold=self.threshold.to(order.device)[order],
-            min_layer=self.min_layer.to(order.device)[order],
-            max_layer=self.max_layer.to(order.device)[order],
-        )
+    def at(self, order: NDArray[np.int64]) -> "RowSettings":
+        """The settings in another order."""
+        return RowSettings(self.threshold[order], self.min_layer[order], self.max_layer[order])
 
 
 @dataclass(slots=True)
@@ -192,36 +213,38 @@ class ActiveRows:
     """
 
     hidden: PackedTokens
-    row: Tensor  # int64 [n], index in the batch as submitted
-    threshold: Tensor  # float64 [n]
-    min_layer: Tensor  # int64 [n]
-    max_layer: Tensor  # int64 [n]
-    alive: Tensor  # bool [n]
-    state: dict[str, Tensor]  # the policy's memory, first dimension n
+    row: Array  # int64 [n], index in the batch as submitted
+    threshold: Array  # float64 [n]
+    min_layer: Array  # int64 [n]
+    max_layer: Array  # int64 [n]
+    alive: Array  # bool [n]
+    state: dict[str, Array]  # the policy's memory, first dimension n
 
     @property
     def num_rows(self) -> int:
         """Rows carried, alive or not."""
-        return self.row.shape[0]
+        rows: int = self.row.shape[0]
+        return rows
 
-    def keep(self, stays: Tensor) -> None:
+    def keep(self, stays: Array) -> None:
         """Drop every row where `stays` (bool [n]) is false, from everything at once."""
         self.hidden = self.hidden.keep(stays)
-        index = stays.nonzero().squeeze(-1)
-        self.row = self.row.index_select(0, index)
-        self.threshold = self.threshold.index_select(0, index)
-        self.min_layer = self.min_layer.index_select(0, index)
-        self.max_layer = self.max_layer.index_select(0, index)
-        self.alive = self.alive.index_select(0, index)
-        self.state = {name: values.index_select(0, index) for name, values in self.state.items()}
+        index = indices(stays)
+        self.row = self.row[index]
+        self.threshold = self.threshold[index]
+        self.min_layer = self.min_layer[index]
+        self.max_layer = self.max_layer[index]
+        self.alive = self.alive[index]
+        self.state = {name: values[index] for name, values in self.state.items()}
 
     def append(self, other: "ActiveRows", offset: int) -> None:
         """Carry another batch's rows as well, which have run as many layers; their `row` counts on
         from `offset`. The order of length is lost: equal lengths may make two runs."""
+        concat = namespace(self.row).concat
         self.hidden = self.hidden.append(other.hidden)
-        self.row = torch.cat([self.row, other.row + offset])
-        self.threshold = torch.cat([self.threshold, other.threshold])
-        self.min_layer = torch.cat([self.min_layer, other.min_layer])
-        self.max_layer = torch.cat([self.max_layer, other.max_layer])
-        self.alive = torch.cat([self.alive, other.alive])
-        self.state = {name: torch.cat([own, other.state[name]]) for name, own in self.state.items()}
+        self.row = concat([self.row, other.row + offset])
+        self.threshold = concat([self.threshold, other.threshold])
+        self.min_layer = concat([self.min_layer, other.min_layer])
+        self.max_layer = concat([self.max_layer, other.max_layer])
+        self.alive = concat([self.alive, other.alive])
+        self.state = {name: concat([own, other.state[name]]) for name, own in self.state.items()}

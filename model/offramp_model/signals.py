@@ -4,64 +4,72 @@ Each is in its paper's own units. Nothing here knows a threshold or a direction;
 policy's business (`policies.py`). Those of multi-label models look at each label's own probability,
 sigmoid(z/T), and are about the label set that the logits say.
 
-Logits are [..., C]; results are [...] in float32, or float64 when the logits are float64: half
-precision saturates long before the thresholds that matter. All stay finite for logits up to
-±1e4 and give NaN for NaN logits, so that a broken row can be recognised and kept in.
+Logits are [..., C], of numpy or torch, with gradients in the latter; results are [...] in float32,
+or float64 when the logits are float64: half precision saturates long before the thresholds that
+matter. All stay finite for logits up to ±1e4 and give NaN for NaN logits, so that a broken row can
+be recognised and kept in.
 """
 
 import math
 
-import torch
-from torch import Tensor
+from offramp_model.arrays import (
+    Array,
+    log_softmax,
+    logsumexp,
+    namespace,
+    sigmoid,
+    softmax,
+    softplus,
+)
 
 
-def _widen(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+def _widen(logits: Array) -> Array:
+    xp = namespace(logits)
+    return logits if logits.dtype in (xp.float32, xp.float64) else xp.astype(logits, xp.float32)
 
 
-def max_probability(logits: Tensor, temperature: float = 1.0) -> Tensor:
+def max_probability(logits: Array, temperature: float = 1.0) -> Array:
     """Largest probability of softmax(z/T), in [1/C, 1] (confidence; COSEE, L2W-DEN)."""
-    return torch.softmax(_widen(logits) / temperature, dim=-1).amax(dim=-1)
+    return namespace(logits).max(softmax(_widen(logits) / temperature), axis=-1)
 
 
-def margin(logits: Tensor, temperature: float = 1.0) -> Tensor:
+def margin(logits: Array, temperature: float = 1.0) -> Array:
     """Difference of the two largest probabilities of softmax(z/T), in [0, 1]."""
-    top = torch.softmax(_widen(logits) / temperature, dim=-1).topk(2, dim=-1).values
-    return top[..., 0] - top[..., 1]
+    ascending = namespace(logits).sort(softmax(_widen(logits) / temperature), axis=-1)
+    return ascending[..., -1] - ascending[..., -2]
 
 
-def normalised_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+def normalised_entropy(logits: Array, temperature: float = 1.0) -> Array:
     """Entropy of softmax(z/T) over ln C, in [0, 1] (COSEE, section 2).
 
     Computed from log-probabilities: p·log p of an underflowed probability is 0, not NaN.
     """
-    log_p = torch.log_softmax(_widen(logits) / temperature, dim=-1)
-    return -(log_p.exp() * log_p).sum(dim=-1) / math.log(logits.shape[-1])
+    xp, log_p = namespace(logits), log_softmax(_widen(logits) / temperature)
+    return -xp.sum(xp.exp(log_p) * log_p, axis=-1) / math.log(logits.shape[-1])
 
 
-def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+def energy(logits: Array, temperature: float = 1.0) -> Array:
     """Normalised energy sigmoid(-T·logsumexp(z/T)), in (0, 1) (COSEE, section 2).
 
     Not shift-invariant: a common offset of the logits changes it although probabilities stay.
     """
-    free = temperature * torch.logsumexp(_widen(logits) / temperature, dim=-1)
-    return torch.sigmoid(-free)
+    return sigmoid(-temperature * logsumexp(_widen(logits) / temperature))
 
 
-def least_certain(logits: Tensor, temperature: float = 1.0) -> Tensor:
+def least_certain(logits: Array, temperature: float = 1.0) -> Array:
     """Of the least certain label of a multi-label model, max(p, 1 - p), in [0.5, 1].
 
     A set is right when all its labels are, so it is as sure as the least sure of them.
     """
-    return torch.sigmoid(_widen(logits).abs().amin(dim=-1) / temperature)
+    return sigmoid(_smallest(logits) / temperature)
 
 
-def least_margin(logits: Tensor, temperature: float = 1.0) -> Tensor:
+def least_margin(logits: Array, temperature: float = 1.0) -> Array:
     """Smallest |2p - 1| over the labels of a multi-label model, in [0, 1]."""
-    return torch.tanh(_widen(logits).abs().amin(dim=-1) / (2 * temperature))
+    return namespace(logits).tanh(_smallest(logits) / (2 * temperature))
 
 
-def mean_binary_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+def mean_binary_entropy(logits: Array, temperature: float = 1.0) -> Array:
     """Mean over the labels of a multi-label model of the entropy of p and 1 - p, over ln 2, in
     [0, 1].
 
@@ -72,6 +80,11 @@ def mean_binary_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     -ln p is softplus(-z): the entropy of a saturated label is 0, not NaN.
     """
     z = _widen(logits) / temperature
-    softplus = torch.nn.functional.softplus
-    entropy = torch.sigmoid(z) * softplus(-z) + torch.sigmoid(-z) * softplus(z)
-    return entropy.mean(dim=-1) / math.log(2)
+    entropy = sigmoid(z) * softplus(-z) + sigmoid(-z) * softplus(z)
+    return namespace(logits).mean(entropy, axis=-1) / math.log(2)
+
+
+def _smallest(logits: Array) -> Array:
+    """|z| of the label that is closest to being undecided."""
+    xp = namespace(logits)
+    return xp.min(xp.abs(_widen(logits)), axis=-1)

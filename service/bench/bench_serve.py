@@ -44,7 +44,7 @@ from offramp_service.app import create_app
 from offramp_service.controls import Asked
 from offramp_service.engine import Engine
 from offramp_service.jobs import Job
-from offramp_service.pipeline import Pipeline
+from offramp_service.pipeline import RoomPipeline
 from offramp_service.scheduler import Scheduler
 from offramp_service.served_model import ServedModel, load_model
 from offramp_service.settings import Settings
@@ -77,8 +77,8 @@ class Subject:
     speedups: tuple[float, ...]
 
     @property
-    def pipeline(self) -> Pipeline:
-        pipeline: Pipeline = self.app.state.models.default
+    def pipeline(self) -> RoomPipeline:
+        pipeline: RoomPipeline = self.app.state.models.default
         return pipeline
 
 
@@ -439,9 +439,7 @@ def _null_engine(model: ServedModel) -> NullEngine:
 
 
 def _engine(model: ServedModel) -> Engine:
-    engine = Engine(
-        model.stack, model.policy, device=model.tensor_device, threads=model.torch_threads
-    )
+    engine = Engine(model.stack, model.policy, torch_threads=model.torch_threads)
     engine.warm_up(model.max_input_length)
     return engine
 

@@ -4,7 +4,6 @@ Everything about processes, signals and terminals is here; the application knows
 """
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -21,9 +20,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # cores too, and sleeping at once costs the engine (docs/results/engine.md). Read when torch is
 # loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# numpy's products between two segments are too small to share: threads of its own would fight the
+# engine's for the cores. Read when numpy is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import msgspec
 import uvicorn
+import uvloop
 from fastapi import FastAPI
 from prometheus_client import disable_created_metrics
 from pydantic import ValidationError
@@ -32,12 +35,14 @@ from offramp_model.checkpoint import CheckpointError
 from offramp_model.memory import keep_freed_memory
 from offramp_service.api_keys import KeyFileError
 from offramp_service.app import create_app
-from offramp_service.bounded_http import BoundedHttp
+from offramp_service.bounded_http import KEEP_ALIVE_S, http_options, stop_listening
 from offramp_service.config_file import ConfigFileError
+from offramp_service.fronts.process import serve_behind_fronts
 from offramp_service.garbage import leave_alone_what_stays
+from offramp_service.greeting import greet
 from offramp_service.logs import configure_logging, flush_output
 from offramp_service.models import Models
-from offramp_service.pipeline import Pipeline
+from offramp_service.pipeline import RoomPipeline
 from offramp_service.rehearsal import rehearse
 from offramp_service.routes.info import describe
 from offramp_service.schemas.reading import encode_json
@@ -46,14 +51,6 @@ from offramp_service.settings import Settings, parse_command_line
 from offramp_service.watched import load_all
 
 log = logging.getLogger("offramp_service")
-
-# For connections whose last answer is still being written when the drain is over.
-_GOODBYE_S = 2
-# Between the last accepted connection and the end: whoever has connected has a request on its way.
-_LAST_WORDS_S = 0.25
-# Longer than balancers keep an idle connection (60 s is common): whoever closes first must be the
-# one who also sends, or requests meet a closed connection.
-_KEEP_ALIVE_S = 75
 
 
 def main(
@@ -76,7 +73,9 @@ def main(
         _print_plan(app.state.models)
         return 0
     _log_all_limits(app.state.models)
-    return _preload(app) if settings.preload_only else _serve(app, settings)
+    if settings.preload_only:
+        return _preload(app)
+    return _serve(app, settings) if settings.http_workers == 1 else _serve_behind_fronts(app)
 
 
 def _serve(app: FastAPI, settings: Settings) -> int:
@@ -86,21 +85,26 @@ def _serve(app: FastAPI, settings: Settings) -> int:
             app,
             host=settings.hostname,
             port=settings.port,
-            http=BoundedHttp,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
             lifespan="on",
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=_GOODBYE_S,
+            **http_options(),
         ),
         models,
     )
     with suppress(SystemExit):  # a failed start; the code is uvicorn's, and depends on its version
         server.run()
+    return _ended(models, started=server.started)
+
+
+def _serve_behind_fronts(app: FastAPI) -> int:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        started = runner.run(serve_behind_fronts(app))
+    return _ended(app.state.models, started=started)
+
+
+def _ended(models: Models, *, started: bool) -> int:
+    """The exit code of a process that has served, or has not come so far."""
     flush_output()
-    if not server.started:
+    if not started:
         return 3
     if models.lifecycle.died.is_set():
         return 4
@@ -143,7 +147,7 @@ class Server(uvicorn.Server):
         if self.started:
             leave_alone_what_stays()
             self._loop.add_signal_handler(signal.SIGHUP, self._load_anew)
-            _greet(self._models.default, self.servers[0].sockets[0].getsockname())
+            greet(self._models.default, self.servers[0].sockets[0].getsockname())
             self._watching = self._loop.create_task(self._end_when_dead())
 
     async def _end_when_dead(self) -> None:
@@ -172,9 +176,7 @@ class Server(uvicorn.Server):
         await self._models.lifecycle.drain(
             serve_on_s=serve_on_s, finish_s=settings.shutdown_timeout
         )
-        for listening in self.servers:
-            listening.close()
-        await asyncio.sleep(_LAST_WORDS_S)
+        await stop_listening(self)
         self._models.let_go()
         self.should_exit = True
 
@@ -193,26 +195,6 @@ def _exit_at_once(sig: int, _: FrameType | None) -> None:
     os._exit(128 + sig)
 
 
-def _greet(pipeline: Pipeline, address: tuple[str, int]) -> None:
-    """One line for a person, with something to paste into a terminal."""
-    host, port = address[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-    if ":" in host and not host.startswith("["):
-        host = f"[{host}]"
-    body = {"input": "What will the weather be like tomorrow?"}
-    if pipeline.model.max_speedup >= 2:
-        body["speedup"] = 2  # type: ignore[assignment]
-    curl = (
-        f"curl -i http://{host}:{port}/classify -H 'content-type: application/json' "
-        f"-d '{json.dumps(body)}'"
-    )
-    if pipeline.settings.json_output:
-        log.info("listening on http://%s:%d", host, port)
-    else:
-        with suppress(OSError):  # nobody who is served may notice a full disk
-            print(f"{pipeline.model.name} is ready. Try: {curl}", flush=True)
-
-
 def _print_plan(models: Models) -> None:
     """Settings and `/info` of each model as JSON. Secrets are asterisks there."""
     plan = {
@@ -228,7 +210,7 @@ def _log_all_limits(models: Models) -> None:
         _log_limits(pipeline)
 
 
-def _log_limits(pipeline: Pipeline) -> None:
+def _log_limits(pipeline: RoomPipeline) -> None:
     settings, model = pipeline.settings, pipeline.model
     log.info(
         "serving %s (%s): %d layers, exits %s, policy %s, speed-up %.4g to %.4g (default %.4g), "
@@ -244,7 +226,7 @@ def _log_limits(pipeline: Pipeline) -> None:
         *(model.max_input_length, settings.max_client_batch_size, settings.max_batch_tokens),
         *(model.max_batch_texts, settings.max_concurrent_requests, settings.max_queued_tokens),
         *(settings.max_queued_characters, settings.payload_limit, settings.request_timeout_ms),
-        _KEEP_ALIVE_S,
+        KEEP_ALIVE_S,
     )
 
 

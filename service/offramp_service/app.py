@@ -1,4 +1,4 @@
-"""`create_app(settings)`: wiring and lifespan only.
+"""`create_app(settings)`: the application of the process with the engine; wiring and lifespan only.
 
 Life of a request: a door in `routes/` reads it → `batcher` admits it → `pipeline` tokenises →
 `batcher` queues it → `scheduler` says when, and with whom → `engine`, in its own thread, runs the
@@ -6,40 +6,19 @@ layers and answers each text where it leaves → the door words the response.
 """
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from http import HTTPStatus
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request
-from starlette.datastructures import MutableHeaders
-from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi import FastAPI
 
-from offramp_service.api_keys import Keyring
-from offramp_service.errors import NotReady, ServiceError, Unauthorized
-from offramp_service.gate import Gate
 from offramp_service.jobs import Engine as Computes
-from offramp_service.lifecycle import Lifecycle
 from offramp_service.models import Models
-from offramp_service.request_log import RequestLog
-from offramp_service.routes import classify, infer, info, predict, probes, v2
-from offramp_service.routes.door import CALL, WORDING, Call
-from offramp_service.served_model import ServedModel, SettingsError
+from offramp_service.routes import admin, info, probes, v2
+from offramp_service.served_model import ServedModel
 from offramp_service.settings import Settings
 from offramp_service.watched import watching
-from offramp_service.witness import Record, Witness
-
-if TYPE_CHECKING:
-    from offramp_service.tracing import Tracer
-
-log = logging.getLogger(__name__)
-
-DOORS = (predict, classify, infer)
+from offramp_service.wiring import DOOR_PATHS, add_doors, open_keys, open_tracer, surround
 
 
 def create_app(
@@ -53,11 +32,11 @@ def create_app(
             for and the extra for them is not installed.
         KeyFileError: see `Keyring`.
     """
-    keys, tracer = _keyring(settings), _tracer(settings)
+    keys, tracer = open_keys(settings), open_tracer(settings)
     models = Models(
         settings,
         {settings.model_names[0]: model} if model is not None else {},
-        [path for one in DOORS for path in one.PATHS],
+        DOOR_PATHS,
         computes=computes,
     )
 
@@ -78,117 +57,12 @@ def create_app(
         summary="Text classification that answers as soon as it is sure.",
         lifespan=lifespan,
     )
-    for one in DOORS:
-        # Not `include_router`: it would look every request's path up twice more (0.04 ms).
-        app.router.routes.extend(one.router(models).routes)
+    add_doors(app, models)
     app.include_router(v2.router(models))
     app.include_router(probes.router(models))
     app.include_router(info.router(models))
-    respond = _map_errors(app, models)
-    # The one added last is the first that a request meets.
-    if keys is not None:
-        wordings = {path: one.wording(settings) for one in DOORS for path in one.PATHS}
-        app.add_middleware(Gate, keys=keys, doors=wordings, models=models, refuse=respond)
-    if settings.cors_allow_origin:
-        # Before the gate: a browser asks for leave without a key. No cookies, so that "*" in what
-        # is exposed means all headers; and whatever a page sends is checked where it is read.
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_allow_origin,
-            allow_methods=("GET", "POST"),
-            allow_headers=("*",),
-            expose_headers=("*",),
-        )
-    app.add_middleware(_Farewell, lifecycle=models.lifecycle)
-    if listeners := _listeners(settings, tracer):
-        app.add_middleware(Witness, listeners=listeners)
+    if settings.admin_key_file is not None:
+        app.include_router(admin.router(models))
+    surround(app, models, keys, tracer)
     app.state.models = models
     return app
-
-
-class _Farewell:
-    """Once the service is leaving, every answer ends its connection.
-
-    The client's next request opens another one, which a balancer leads to another replica.
-    """
-
-    def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
-        self._app, self._lifecycle = app, lifecycle
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_on(message: Message) -> None:
-            if self._lifecycle.leaving and message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["connection"] = "close"
-            await send(message)
-
-        await self._app(scope, receive, send_on)
-
-
-def _keyring(settings: Settings) -> Keyring | None:
-    """None: everybody may ask."""
-    key, path = settings.api_key, settings.api_key_file
-    if key is None and path is None:
-        return None
-    return Keyring(key.get_secret_value() if key is not None else None, path)
-
-
-def _tracer(settings: Settings) -> "Tracer | None":
-    if settings.otlp_endpoint is None:
-        return None
-    try:
-        from offramp_service.tracing import Tracer
-    except ImportError as error:
-        raise SettingsError(
-            f"--otlp-endpoint needs the extra otel, pip install 'offramp[otel]': {error}"
-        ) from None
-    return Tracer(settings.otlp_endpoint, settings.otlp_service_name)
-
-
-def _listeners(settings: Settings, tracer: "Tracer | None") -> list[Callable[[Record], None]]:
-    """Who is told of each request. People are not, unless they look for something."""
-    listeners: list[Callable[[Record], None]] = [] if tracer is None else [tracer]
-    if settings.json_output:
-        listeners.append(RequestLog(logging.INFO))
-    elif settings.log_level == "debug":
-        listeners.append(RequestLog(logging.DEBUG))
-    return listeners
-
-
-def _map_errors(
-    app: FastAPI, models: Models
-) -> Callable[[Request, Exception], Awaitable[Response]]:
-    """The one place where errors become responses; the wording is the door's. Returns what makes
-    them, for who stands before the routes."""
-
-    async def service_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, ServiceError)
-        call: Call | None = request.scope.get(CALL)
-        metrics = call.metrics if call else models.default.metrics
-        headers = {}
-        wording = call.wording if call else request.scope.get(WORDING, classify.WORDING)
-        status = wording.status(error)
-        if call is not None:
-            metrics.request_done(call.route, status, call.seconds)
-            headers["x-request-id"] = call.request_id
-            call.failure = error.kind  # not the message, which may repeat a piece of a text
-        metrics.request_failed(error.reason)
-        if error.retry_after_s is not None:
-            headers["retry-after"] = str(error.retry_after_s)
-        if isinstance(error, NotReady):
-            headers["connection"] = "close"  # the next try should reach another replica
-        if isinstance(error, Unauthorized):
-            headers["www-authenticate"] = "Bearer"
-        return Response(wording.body(error), status, headers, "application/json")
-
-    async def no_such_route(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        failure = ServiceError(error.detail)
-        failure.status = error.status_code
-        failure.kind = HTTPStatus(error.status_code).name.lower()
-        return Response(
-            classify.WORDING.body(failure), error.status_code, error.headers, "application/json"
-        )
-
-    app.add_exception_handler(ServiceError, service_error)
-    app.add_exception_handler(HTTPException, no_such_route)
-    return service_error

@@ -5,9 +5,20 @@ in memory as it comes. Here the connection gets 431 and is closed instead. It kn
 headers, and nothing of what the application does with them.
 """
 
+import asyncio
 from http import HTTPStatus
+from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+# For connections whose last answer is still being written when the drain is over.
+_GOODBYE_S = 2
+# Between the last connection that is taken and the end: what it asks may still be on its way.
+_LAST_WORDS_S = 0.25
+KEEP_ALIVE_S = 75
+"""Longer than balancers keep an idle connection (60 s is common): whoever closes first must be the
+one who also sends, or requests meet a closed connection."""
 
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 65_536
@@ -66,3 +77,24 @@ class BoundedHttp(HttpToolsProtocol):
         head = b"content-length: 0\r\nconnection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[status] + head)
         return self.transport.close()
+
+
+def http_options() -> dict[str, Any]:
+    """How uvicorn serves HTTP here."""
+    return {
+        "http": BoundedHttp,
+        "ws": "none",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "timeout_keep_alive": KEEP_ALIVE_S,
+        "timeout_graceful_shutdown": _GOODBYE_S,
+    }
+
+
+async def stop_listening(server: uvicorn.Server) -> None:
+    """Take no new connection, and let those who have one ask and be answered, if only with 503.
+    uvicorn by itself closes, with the listener, connections on which nothing has come yet."""
+    for listener in server.servers:
+        listener.close()
+    await asyncio.sleep(_LAST_WORDS_S)

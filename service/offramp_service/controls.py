@@ -19,7 +19,7 @@ from offramp_service.errors import InvalidInput
 from offramp_service.jobs import LEAST_PRIORITY, MOST_PRIORITY, Controls, Depth
 from offramp_service.quality import SpeedupCorrection
 from offramp_service.schemas.shared import Asked
-from offramp_service.served_model import ServedModel, accurate_speedups
+from offramp_service.served_model import DescribedModel, accurate_speedups
 
 SPEEDUP_HEADER = "X-Speedup"
 THRESHOLD_HEADER = "X-Exit-Threshold"
@@ -52,16 +52,36 @@ class ControlDesk:
 
     def __init__(
         self,
-        model: ServedModel,
+        model: DescribedModel,
         longest_ms: int,
         floor: Callable[[], float] = lambda: 1.0,
         correction: SpeedupCorrection | None = None,
     ) -> None:
         self._model, self._longest_ms = model, longest_ms
         self._floor, self._correction = floor, correction
+        self.default_speedup = model.default_speedup  # an operator may change it
         self._never = never(model.policy)
         self._thresholds = threshold_range(model.policy, model.config)
         self._to_the_end: ExitCounts = (*[0] * (model.num_layers - 1), 1)
+
+    @property
+    def correction(self) -> float:
+        """What requested speed-ups are multiplied with."""
+        return self._correction.factor if self._correction is not None else 1.0
+
+    def check_speedup(self, speedup: float, param: str) -> None:
+        """May it be asked for?
+
+        Raises:
+            InvalidInput: it may not.
+        """
+        model = self._model
+        if not model.min_speedup <= speedup <= model.max_speedup:  # false for NaN as well
+            raise InvalidInput(
+                f"{param} is {speedup:g}, allowed is {model.min_speedup:g} to "
+                f"{_rounded_down(model.max_speedup)} (calibrated for policy {model.policy.name})",
+                param=param,
+            )
 
     def resolve(self, asked: Asked, headers: Mapping[str, str]) -> Controls:
         """The controls of one request.
@@ -120,7 +140,7 @@ class ControlDesk:
             return self._at_threshold(_number(text, THRESHOLD_HEADER), THRESHOLD_HEADER)
         if (text := headers.get(SPEEDUP_HEADER)) is not None:
             return self._at_speedup(_number(text, SPEEDUP_HEADER), SPEEDUP_HEADER)
-        return self._at_speedup(self._model.default_speedup, "speedup")
+        return self._at_speedup(self.default_speedup, "speedup")
 
     def _within_drop(self, drop: float) -> float:
         """The largest speed-up that may be asked for and whose accuracy, on the rows of
@@ -145,12 +165,7 @@ class ControlDesk:
     def _at_speedup(self, speedup: float, param: str, *, exactly: bool = False) -> _Aim:
         """`exactly`: neither raised under load nor corrected."""
         model = self._model
-        if not model.min_speedup <= speedup <= model.max_speedup:  # false for NaN as well
-            raise InvalidInput(
-                f"{param} is {speedup:g}, allowed is {model.min_speedup:g} to "
-                f"{_rounded_down(model.max_speedup)} (calibrated for policy {model.policy.name})",
-                param=param,
-            )
+        self.check_speedup(speedup, param)
         effective = speedup if exactly else max(speedup, self._floor())
         if effective == 1.0 or model.table is None:
             return _Aim(self._never, self._to_the_end, speedup, effective)
@@ -200,7 +215,7 @@ class ControlDesk:
         return exits[bisect_left(exits, low)], exits[exits_before - 1]
 
 
-def full_depth(model: ServedModel) -> Controls:
+def full_depth(model: DescribedModel) -> Controls:
     """Those of a text that is to run to the end, whatever its exits say."""
     layers = model.num_layers
     return Controls(never(model.policy), 1, layers, Depth.full(layers))

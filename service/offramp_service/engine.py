@@ -3,30 +3,33 @@
 It owns the device. It runs in one thread, which is not started here, and turns what
 `layer_loop` yields into plain answers; a text that leaves early is yielded while the rest of its
 batch is still running.
-It knows nothing about queues, futures, clients or time.
+It knows nothing about queues, futures, clients or time; torch is its stack's matter, and not loaded
+here for one that needs none.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from offramp_kernels.contract import MAX_ROWS
+from offramp_model.arrays import Array, like, namespace, sigmoid, softmax
 from offramp_model.config import ProblemType
 from offramp_model.cost import StepTable
-from offramp_model.device_lane import DeviceLane
-from offramp_model.encoder import PackedEncoder
 from offramp_model.full_pass import layer_timer, run_through, uniform_batch
-from offramp_model.lane_buckets import open_lane
+from offramp_model.labels import most_probable
 from offramp_model.layer_loop import LayerStack, Leavers, layer_loop, start_rows
 from offramp_model.policies import ExitPolicy
-from offramp_model.rows import ActiveRows, Encoding, RowSettings, TokenBatch
+from offramp_model.rows import MAX_ROWS, ActiveRows, Encoding, RowSettings, TokenBatch
 from offramp_service.jobs import Answer, ExitReason, Job, Left
+
+if TYPE_CHECKING:
+    from offramp_model.device_lane import DeviceLane
 
 MEASURING_S = 1.0
 
 
-Scoring = Callable[[Leavers], tuple[torch.Tensor, torch.Tensor]]
+Scoring = Callable[[Leavers], tuple[Array, Array]]
 """Leavers → the one label that an answer names, int64 [k], and its probabilities, [k, C]."""
 
 
@@ -35,33 +38,33 @@ def scoring(problem_type: ProblemType) -> Scoring:
     return _by_sigmoid if problem_type == "multi_label_classification" else _by_softmax
 
 
-def _by_softmax(leavers: Leavers) -> tuple[torch.Tensor, torch.Tensor]:
-    return leavers.label, torch.softmax(leavers.logits, dim=-1)
+def _by_softmax(leavers: Leavers) -> tuple[Array, Array]:
+    return leavers.label, softmax(leavers.logits)
 
 
-def _by_sigmoid(leavers: Leavers) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_sigmoid(leavers: Leavers) -> tuple[Array, Array]:
     """Leavers have a set of labels; an answer names the most probable one, as other servers do."""
-    return leavers.logits.argmax(dim=-1), torch.sigmoid(leavers.logits)
+    return most_probable(leavers.logits), sigmoid(leavers.logits)
 
 
 class Engine:
-    """One stack of layers on one device, called with a batch at a time."""
+    """One stack of layers, called with a batch at a time; `torch_threads` where torch runs it."""
 
     def __init__(
-        self, stack: LayerStack, policy: ExitPolicy, *, device: str = "cpu", threads: int = 1
+        self, stack: LayerStack, policy: ExitPolicy, *, torch_threads: int | None = None
     ) -> None:
-        self._stack, self._policy, self._device, self._threads = stack, policy, device, threads
+        self._stack, self._policy, self._torch_threads = stack, policy, torch_threads
         self._lane: DeviceLane | None = None
 
     def warm_up(self, max_length: int) -> None:
         """First calls are slow: make them before anybody waits. Call it in the engine's thread."""
-        torch.set_num_threads(self._threads)
-        with torch.inference_mode():
-            for length in (max_length, min(16, max_length)):
-                batch = uniform_batch(1, length, self._device)
-                run_through(self._loop, self._stack.num_layers, batch)
+        if self._torch_threads is not None:
+            import torch
 
-    @torch.inference_mode()
+            torch.set_num_threads(self._torch_threads)
+        for length in (max_length, min(16, max_length)):
+            run_through(self._loop, self._stack.num_layers, uniform_batch(1, length))
+
     def measure(
         self,
         most_tokens: int,
@@ -76,10 +79,7 @@ class Engine:
         device to itself, in a `turn` where others compute as well. Call it when warm, in the
         engine's thread."""
         time_layer = layer_timer(
-            *(self._loop, self._stack.num_layers),
-            longest=max_length,
-            most_rows=MAX_ROWS,
-            device=self._device,
+            *(self._loop, self._stack.num_layers), longest=max_length, most_rows=MAX_ROWS
         )
         alone = turn or nullcontext()
 
@@ -108,6 +108,9 @@ class Engine:
         Raises:
             ValueError: the lane does not cover this encoder or policy.
         """
+        from offramp_model.encoder import PackedEncoder
+        from offramp_model.lane_buckets import open_lane
+
         if not isinstance(self._stack, PackedEncoder):
             raise ValueError("the device lane runs encoders in torch")
         self._lane, costs = open_lane(
@@ -118,23 +121,19 @@ class Engine:
         )
         return costs
 
-    @torch.inference_mode()
     def __call__(self, jobs: Sequence[Job]) -> "Course":
         """Take a batch in; iterating it answers every job that is not abandoned, exit by exit."""
         encodings, asked = [Encoding(job.ids, job.type_ids) for job in jobs], _settings(jobs)
         inside = list(jobs)  # grows where another batch joins
 
-        def abandoned(index: torch.Tensor) -> torch.Tensor:
-            given_up = [inside[row].abandoned for row in index.tolist()]
-            return torch.tensor(given_up, dtype=torch.bool, device=index.device)
+        def abandoned(index: Array) -> Array:
+            return like(index, [inside[row].abandoned for row in index.tolist()], "bool")
 
         depth, score = self._stack.num_layers, scoring(self._stack.problem_type)
-        if self._lane is not None:
-            on_host = TokenBatch.pack(encodings)
-            if self._lane.covers(on_host):
-                turns = self._lane(on_host, asked, abandoned=abandoned)
-                return Course(turns, None, inside, depth, score)
-        batch = TokenBatch.pack(encodings, self._device)
+        batch = TokenBatch.pack(encodings)
+        if self._lane is not None and self._lane.covers(batch):
+            turns = self._lane(batch, asked, abandoned=abandoned)
+            return Course(turns, None, inside, depth, score)
         rows = start_rows(self._stack, batch, self._policy, asked)
         turns = layer_loop(self._stack, rows, self._policy, abandoned=abandoned)
         return Course(turns, rows, inside, depth, score)
@@ -164,7 +163,6 @@ class Course:
     def __iter__(self) -> Iterator[Left]:
         return self
 
-    @torch.inference_mode()
     def __next__(self) -> Left:
         """Run to the next exit.
 
@@ -181,7 +179,6 @@ class Course:
             self._pending.remove(index)  # KeyError: a row that left twice
         return Left(leavers.exit_layer, leavers.rows_run, answers)
 
-    @torch.inference_mode()
     def take_in(self, other: "Course") -> None:
         """Go on together with a batch that has come to the same exit; its jobs count on from ours.
 
@@ -202,11 +199,12 @@ class Course:
             raise RuntimeError(f"{len(self._jobs)} texts went in, {len(lost)} did not come out")
 
     def _answers(self, leavers: Leavers) -> list[tuple[int, Answer | Exception]]:
-        if not leavers.row.numel():
+        if not leavers.row.shape[0]:
             return []
         layer = leavers.exit_layer
         label, probs = self._score(leavers)
-        sound = leavers.logits.isfinite().all(dim=-1)
+        xp = namespace(leavers.logits)
+        sound = xp.all(xp.isfinite(leavers.logits), axis=-1)
         columns = (
             leavers.row.tolist(),
             label.tolist(),
@@ -237,7 +235,7 @@ class Course:
 def _settings(jobs: Sequence[Job]) -> RowSettings:
     controls = [job.controls for job in jobs]
     return RowSettings(
-        threshold=torch.tensor([one.threshold for one in controls], dtype=torch.float64),
-        min_layer=torch.tensor([one.min_layer for one in controls], dtype=torch.int64),
-        max_layer=torch.tensor([one.max_layer for one in controls], dtype=torch.int64),
+        threshold=np.array([one.threshold for one in controls], np.float64),
+        min_layer=np.array([one.min_layer for one in controls], np.int64),
+        max_layer=np.array([one.max_layer for one in controls], np.int64),
     )

@@ -1,4 +1,5 @@
-"""The gate in front of everything but the probes: who shows no valid API key goes no further.
+"""The gate in front of everything but the probes: who shows no valid API key goes no further, where
+keys are asked for. What is under `/admin` has keys of its own.
 
 It looks at a request's path and its Authorization header, and refuses before a byte of the body is
 read. It knows neither how keys are kept nor how errors are worded; where the path is a door's, it
@@ -15,39 +16,49 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from offramp_service.api_keys import Keyring
 from offramp_service.errors import Unauthorized
-from offramp_service.models import Models
-from offramp_service.routes.door import CALL, Call, Patience, Wording, request_id
+from offramp_service.routes.door import CALL, Call, Patience, Served, Wording, request_id
 from offramp_service.routes.probes import PATHS as PROBES
 
 OPEN_PATHS = frozenset((*PROBES, "/v2/health/live", "/v2/health/ready"))
 """An orchestrator asks these, and has no key."""
 
+ADMIN = "/admin/"
+
 
 class Gate:
-    """ASGI middleware. `doors` says how each door's path words its errors."""
+    """ASGI middleware. `doors` says how each door's path words its errors; without `keys` only
+    `/admin` is behind it."""
 
     def __init__(
         self,
         app: ASGIApp,
-        keys: Keyring,
+        keys: Keyring | None,
+        admin_keys: Keyring | None,
         doors: Mapping[str, Wording],
-        models: Models,
+        models: Served,
         refuse: Callable[[Request, Exception], Awaitable[Response]],
     ) -> None:
-        self._app, self._keys, self._refuse = app, keys, refuse
+        self._app, self._refuse = app, refuse
+        self._keys, self._admin_keys = keys, admin_keys
         self._models = models
         self._doors = [(compile_path(path)[0], path, one) for path, one in doors.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and (keys := self._keys_of(scope["path"])) is not None:
             try:
-                self._keys.check(bearer(scope["headers"]))
+                keys.check(bearer(scope["headers"]))
             except Unauthorized as error:
                 request = Request(scope)
                 self._name_door(request)
                 response = await self._refuse(request, error)
                 return await response(scope, receive, send)
         return await self._app(scope, receive, send)
+
+    def _keys_of(self, path: str) -> Keyring | None:
+        """Of which one has to be shown; None: none."""
+        if self._admin_keys is not None and path.startswith(ADMIN):
+            return self._admin_keys
+        return None if path in OPEN_PATHS else self._keys
 
     def _name_door(self, request: Request) -> None:
         """Say whose request it was, where the path is a door's."""

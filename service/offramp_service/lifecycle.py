@@ -62,13 +62,21 @@ class Lifecycle:
 
     async def drain(self, *, serve_on_s: float, finish_s: float) -> None:
         """Unready first, so that balancers look elsewhere; then refuse; then finish."""
+        await self.serve_on(serve_on_s)
+        await self.finish(finish_s)
+
+    async def serve_on(self, seconds: float) -> None:
+        """Unready, but serving."""
         self.phase = "draining"
-        log.info("draining: unready, serving on for %g s", serve_on_s)
-        await asyncio.sleep(serve_on_s)
+        log.info("draining: unready, serving on for %g s", seconds)
+        await asyncio.sleep(seconds)
+
+    async def finish(self, within_s: float) -> None:
+        """Let nobody in any more, and wait for those inside."""
         self.phase = "closed"
-        log.info("draining: %d requests to finish within %g s", self.inflight, finish_s)
+        log.info("draining: %d requests to finish within %g s", self.inflight, within_s)
         try:
-            async with asyncio.timeout(finish_s):
+            async with asyncio.timeout(within_s):
                 await self._empty.wait()
         except TimeoutError:
             log.warning("draining: %d requests are not finished in time", self.inflight)

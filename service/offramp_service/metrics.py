@@ -396,6 +396,9 @@ class Metrics:
         self._ready.set_function(ready)
         self._inflight.set_function(inflight)
 
+    def default_speedup_set(self, speedup: float) -> None:
+        self._default_speedup.set(speedup)
+
     def describe_model(self, *, default_speedup: float, facts: dict[str, str]) -> None:
         self._default_speedup.set(default_speedup)
         info = self._gauge_family("model_info", "1; what is served", *facts)

@@ -10,21 +10,20 @@ It knows settings, rooms and the life cycle, and nothing about HTTP.
 
 import asyncio
 import logging
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry
 
 from offramp_model.checkpoint import MANIFEST
+from offramp_service.background import in_daemon_thread
+from offramp_service.choice import choose
 from offramp_service.errors import InvalidInput, NotReady
 from offramp_service.garbage import collect_what_stayed
 from offramp_service.jobs import Engine as Computes
 from offramp_service.lifecycle import Lifecycle
 from offramp_service.metrics import Families
-from offramp_service.pipeline import Pipeline
+from offramp_service.pipeline import RoomPipeline
 from offramp_service.rehearsal import rehearse
 from offramp_service.room import Room
 from offramp_service.served_model import ServedModel, load_model
@@ -32,8 +31,6 @@ from offramp_service.settings import Settings
 from offramp_service.turns import Device
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # How often an old room is asked whether it is empty.
 _LOOK_S = 0.02
@@ -58,7 +55,7 @@ class Models:
         self,
         settings: Settings,
         opened: Mapping[str, ServedModel],
-        routes: list[str],
+        routes: Sequence[str],
         *,
         computes: Computes | None = None,
     ) -> None:
@@ -66,6 +63,8 @@ class Models:
         self._computes = computes
         self._leaving: dict[Room, asyncio.Task[None]] = {}  # old rooms that are being emptied
         self._forgetting: asyncio.Task[None] | None = None  # the last of them, its memory
+        # Who asks for checkpoints by name and sha, from other processes, says so.
+        self.still_asked: Callable[[str, str], bool] = lambda _name, _sha: False
         self._devices: dict[str, Device] = {}
         self._loading = asyncio.Lock()
         own = {name: settings.of_model(name) for name in settings.model_names}
@@ -77,38 +76,29 @@ class Models:
         for room in self._rooms.values():
             room.show()
 
-    def __iter__(self) -> Iterator[Pipeline]:
+    def __iter__(self) -> Iterator[RoomPipeline]:
         """The pipelines, the default first."""
         return (room.pipeline for room in self._rooms.values())
 
     @property
-    def default(self) -> Pipeline:
+    def default(self) -> RoomPipeline:
         """For who names no model."""
         return next(iter(self._rooms.values())).pipeline
 
-    def of(self, name: str | None, version: str | None = None) -> Pipeline:
+    def of(self, name: str | None, version: str | None = None) -> RoomPipeline:
         """The pipeline of the model that was asked for; None is the default.
 
         Raises:
             InvalidInput: it is not served here.
         """
-        room = self._rooms.get(name) if name is not None else next(iter(self._rooms.values()))
-        if room is None:
-            known = ", ".join(map(repr, self._rooms))
-            raise InvalidInput(
-                f"model {name[:80]!r} is not served here, {known} "  # type: ignore[index]
-                f"{'is' if len(self._rooms) == 1 else 'are'}",
-                param="model",
-                status=404,
-            )
-        served = room.model.version
-        if version is not None and version != served:
-            raise InvalidInput(
-                f"version {version[:80]!r} is not served here, {served!r} is",
-                param="version",
-                status=404,
-            )
-        return room.pipeline
+        return choose(self._rooms, name, version).pipeline
+
+    def inside(self, name: str, sha: str) -> RoomPipeline | None:
+        """The pipeline of a model's checkpoint, which may be on its way out; None: it is closed."""
+        for room in self._all():
+            if (room.model.name, room.model.sha) == (name, sha):
+                return room.pipeline
+        return None
 
     @property
     def served(self) -> dict[str, list[str]]:
@@ -125,7 +115,7 @@ class Models:
     def ready(self) -> bool:
         return self.lifecycle.ready and all(room.ready for room in self._rooms.values())
 
-    def ready_for(self, pipeline: Pipeline) -> bool:
+    def ready_for(self, pipeline: RoomPipeline) -> bool:
         """Can that model answer now?"""
         room = self._rooms[pipeline.model.name]
         return self.lifecycle.ready and room.ready
@@ -234,7 +224,7 @@ class Models:
     async def _empty(self, room: Room) -> None:
         """Close a room when nobody is inside any more."""
         try:
-            while room.batcher.unanswered:  # noqa: ASYNC110 - nobody tells
+            while self._wanted(room):  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(_LOOK_S)
             await room.close("another checkpoint is served")
             log.info("%s: %s is closed", room.model.name, room.model.sha)
@@ -242,6 +232,13 @@ class Models:
             del self._leaving[room]
         # A task of its own: the next exchange waits until a room is empty, no longer.
         self._forgetting = asyncio.create_task(_forget(weakref.ref(room.pipeline)))
+
+    def _wanted(self, room: Room) -> bool:
+        """Somebody is inside an old room, or may come."""
+        model = room.model
+        served = self._rooms[model.name].model.sha
+        may_come = model.sha != served and self.still_asked(model.name, model.sha)
+        return may_come or bool(room.batcher.unanswered)
 
     def _check_depth(self, model: ServedModel) -> None:
         if model.num_layers > self.families.most_layers:
@@ -259,7 +256,7 @@ class Models:
         )
 
 
-async def _forget(gone: "weakref.ref[Pipeline]") -> None:
+async def _forget(gone: "weakref.ref[RoomPipeline]") -> None:
     """Have the memory of an old checkpoint handed back, once nobody holds it any more."""
     for settling_s in _SETTLING_S:
         await asyncio.sleep(settling_s)
@@ -276,30 +273,3 @@ def _stamp(settings: Settings) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return status.st_mtime_ns, status.st_ino, status.st_size
-
-
-async def in_daemon_thread(work: Callable[[], T]) -> T:
-    """The result of something slow. Unlike the event loop's own threads, this one does not keep the
-    process alive when nobody wants the result any more."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[T] = loop.create_future()
-
-    def settle(value: T | None, error: BaseException | None) -> None:
-        if result.cancelled():
-            return
-        if error is not None:
-            result.set_exception(error)
-        else:
-            result.set_result(value)  # type: ignore[arg-type]
-
-    def run() -> None:
-        value, failure = None, None
-        try:
-            value = work()
-        except BaseException as error:
-            failure = error
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, value, failure)
-
-    threading.Thread(target=run, name="load", daemon=True).start()
-    return await result

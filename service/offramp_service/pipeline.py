@@ -2,28 +2,29 @@
 
 A door reads its own request format, calls `admit`, `encode` and `answer`, and words its own
 response. Whoever gives up on a request cancels it, wherever it is. The pipeline knows nothing about
-HTTP, and nothing about tensors either.
+HTTP, and nothing about tensors either; nor where its queue is, in this process or in another one
+(`fronts/`).
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 from offramp_model.rows import Encoding
 from offramp_model.tokenizer import InputTooLong, Side, Text, TextTokenizer
-from offramp_service.batcher import Batcher, ClientBatch
+from offramp_service.batcher import Batcher
 from offramp_service.controls import ControlDesk
-from offramp_service.errors import EmptyInput, InvalidInput, Overloaded
+from offramp_service.errors import EmptyInput, InvalidInput, Overloaded, Reason
 from offramp_service.jobs import Controls, Job, TimedAnswer
-from offramp_service.lifecycle import Lifecycle
 from offramp_service.metrics import Metrics
 from offramp_service.quality import SpeedupCorrection
-from offramp_service.served_model import ServedModel
-from offramp_service.settings import Settings
+from offramp_service.served_model import DescribedModel, ServedModel
+from offramp_service.settings import Settings, SloMode
 from offramp_service.slo_watch import SloWatch
 
 # Up to here tokenising costs less than handing it to another thread and back (measured: about
@@ -50,22 +51,55 @@ class Place:
         return f"{self.field}[{index}]" if self.is_list else self.field
 
 
+class Admission(Protocol):
+    """Room that a request has been given."""
+
+    admitted_at: float  # time.perf_counter
+
+
+class Queue(Protocol):
+    """Takes texts in and answers them; see `Batcher`."""
+
+    def admit(self, texts: int, request_id: str) -> AbstractContextManager[Any]: ...
+
+    async def submit(self, batch: Any, jobs: Sequence[Job]) -> list[TimedAnswer]: ...
+
+
+class Counts(Protocol):
+    """Is told what doors and pipelines see; see `Metrics`."""
+
+    def request_done(self, route: str, code: int, seconds: float) -> None: ...
+
+    def request_failed(self, reason: Reason) -> None: ...
+
+    def tokenized(self, seconds: float) -> None: ...
+
+    def speedup_given(self, requested: float, texts: int, layers_run: int) -> None: ...
+
+
+class Floor(Protocol):
+    """Says to which speed-up requests are raised, and hears how they ended; see `SloWatch`."""
+
+    def floor(self) -> float: ...
+
+    def ended(self, admitted_at: float, *, answered: bool) -> None: ...
+
+
 class Pipeline:
     """The service behind the doors."""
 
     def __init__(
         self,
         settings: Settings,
-        model: ServedModel,
-        batcher: Batcher,
-        metrics: Metrics,
-        lifecycle: Lifecycle,
+        model: DescribedModel,
+        batcher: Queue,
+        metrics: Counts,
+        slo: Floor,
         correction: SpeedupCorrection | None = None,
     ) -> None:
         self.settings, self.model, self.metrics = settings, model, metrics
-        self.batcher, self.lifecycle = batcher, lifecycle
-        self.slo = SloWatch(settings, model, lambda: batcher.load, metrics)
-        self.controls = ControlDesk(model, settings.request_timeout_ms, self.slo.floor, correction)
+        self.batcher, self.slo = batcher, slo
+        self.controls = ControlDesk(model, settings.request_timeout_ms, slo.floor, correction)
         self._tokenizer: TextTokenizer = model.tokenizer
         self._specials = {
             pair: len(self._tokenizer.encode([("", "")] if pair else [""], truncate=False)[0])
@@ -98,8 +132,9 @@ class Pipeline:
             )
 
     @contextmanager
-    def admit(self, count: int, param: str, request_id: str) -> Iterator[ClientBatch]:
-        """Room for the texts of one request, until the block is left.
+    def admit(self, count: int, param: str, request_id: str) -> Iterator[Any]:
+        """Room for the texts of one request, until the block is left; an `Admission` of the queue's
+        own kind.
 
         Raises:
             InvalidInput: a request may not carry so many texts, or none.
@@ -181,7 +216,7 @@ class Pipeline:
         return ids
 
     async def answer(
-        self, batch: ClientBatch, encodings: Sequence[Encoding], controls: Sequence[Controls]
+        self, batch: Admission, encodings: Sequence[Encoding], controls: Sequence[Controls]
     ) -> list[TimedAnswer]:
         """Queue, wait, and count what the request got; each text has controls of its own.
 
@@ -236,6 +271,46 @@ class Pipeline:
                 where = place.of(index)
                 raise InvalidInput(f"{where} has no tokens", param=where, reason="tokenization")
         return encodings
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How speed and accuracy are traded for who does not say."""
+
+    default_speedup: float
+    slo_p95_ms: float | None
+    slo_controller: SloMode
+
+
+class RoomPipeline(Pipeline):
+    """A pipeline whose engine is in this process."""
+
+    model: ServedModel
+    batcher: Batcher
+    metrics: Metrics
+    slo: SloWatch
+
+    @property
+    def policy(self) -> Policy:
+        """What an operator may change while it serves."""
+        slo = self.slo
+        return Policy(self.controls.default_speedup, slo.target_p95_ms, slo.mode)
+
+    def follow(self, policy: Policy) -> None:
+        """Serve by another one from now on; whoever is inside keeps what was resolved.
+
+        Raises:
+            InvalidInput: this checkpoint cannot; nothing has changed.
+        """
+        self.controls.check_speedup(policy.default_speedup, "default_speedup")
+        if policy.slo_p95_ms is not None and self.model.table is None:
+            raise InvalidInput(
+                "slo_p95_ms goes by a calibration, and this checkpoint has none",
+                param="slo_p95_ms",
+            )
+        self.controls.default_speedup = self.slo.default_speedup = policy.default_speedup
+        self.metrics.default_speedup_set(policy.default_speedup)
+        self.slo.aim(policy.slo_p95_ms, policy.slo_controller)
 
 
 def _characters(texts: Sequence[Text]) -> int:

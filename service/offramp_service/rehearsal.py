@@ -7,13 +7,13 @@ answers on this machine, and want nobody to listen meanwhile. It knows nothing a
 import asyncio
 
 from offramp_service.jobs import Job, TimedAnswer
-from offramp_service.pipeline import Cut, Pipeline, Place
+from offramp_service.pipeline import Cut, Place, RoomPipeline
 from offramp_service.schemas.shared import Asked
 
 TEXT = "What will the weather be like tomorrow?"
 
 
-async def rehearse(pipeline: Pipeline) -> TimedAnswer:
+async def rehearse(pipeline: RoomPipeline) -> TimedAnswer:
     """The answer to a text that asks for nothing special; the application must be warm.
 
     Raises:
@@ -22,7 +22,7 @@ async def rehearse(pipeline: Pipeline) -> TimedAnswer:
     """
     controls = pipeline.controls.resolve(Asked(), {})
     async with asyncio.timeout(pipeline.settings.request_timeout_ms / 1000):
-        with pipeline.admit(1, "text", "rehearsal") as batch:
+        with pipeline.batcher.admit(1, "rehearsal") as batch:
             (encoding,) = await pipeline.encode([TEXT], Place("text", is_list=False), cut=Cut())
             job = Job(encoding.ids, encoding.type_ids, controls)
             (answer,) = await pipeline.batcher.submit(batch, [job])

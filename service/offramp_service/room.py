@@ -15,15 +15,17 @@ from offramp_service.batcher import Batcher, Limits
 from offramp_service.controls import full_depth
 from offramp_service.engine import Engine
 from offramp_service.engine_thread import EngineThread
+from offramp_service.errors import InvalidInput
 from offramp_service.jobs import Engine as Computes
 from offramp_service.lifecycle import Lifecycle
 from offramp_service.metrics import Families, Metrics, QualityView
-from offramp_service.pipeline import Pipeline
+from offramp_service.pipeline import RoomPipeline
 from offramp_service.quality import ExitWatch, SpeedupCorrection
 from offramp_service.scheduler import Plan, Scheduler
 from offramp_service.served_model import ServedModel
 from offramp_service.settings import Settings
 from offramp_service.shadow import ShadowWatch
+from offramp_service.slo_watch import SloWatch
 from offramp_service.turns import Turn
 
 log = logging.getLogger(__name__)
@@ -73,9 +75,10 @@ class Room:
             shadow=ShadowWatch(rate, full_depth(model)) if rate else None,
             turn=turn,
         )
-        self.pipeline = Pipeline(
-            settings, model, self.batcher, self._metrics, lifecycle, correction
-        )
+        batcher = self.batcher
+        slo = SloWatch(settings, model, lambda: batcher.load, self._metrics)
+        self.pipeline = RoomPipeline(settings, model, batcher, self._metrics, slo, correction)
+        self.policy_at_start = self.pipeline.policy
         self._thread = EngineThread(
             self.batcher, prepare=self._prepare, rebuild=self._rebuild, died=self._died
         )
@@ -127,6 +130,17 @@ class Room:
                 "num_layers": str(self.model.num_layers),
             },
         )
+        if before is not None:
+            self._go_on_from(before)
+
+    def _go_on_from(self, before: "Room") -> None:
+        """Keep what an operator has changed, if this checkpoint can."""
+        if before.pipeline.policy == before.policy_at_start:
+            return
+        try:
+            self.pipeline.follow(before.pipeline.policy)
+        except InvalidInput as error:
+            log.warning("the policy is that of the settings again: %s", error)
 
     async def close(self, farewell: str = "the server is shutting down") -> None:
         """Let go of whoever is still waiting, and end the engine's thread."""
@@ -139,9 +153,7 @@ class Room:
 
     def _make_engine(self) -> Engine:
         model = self.model
-        return Engine(
-            model.stack, model.policy, device=model.tensor_device, threads=model.torch_threads
-        )
+        return Engine(model.stack, model.policy, torch_threads=model.torch_threads)
 
     def _prepare(self) -> None:
         engine, settings, model = self._engine, self._settings, self.model

@@ -8,16 +8,15 @@ cannot work is refused here, by name. It knows nothing about requests.
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-
-from offramp_kernels.contract import MAX_ROWS
 from offramp_model.calibration import CalibrationTable
 from offramp_model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from offramp_model.config import MultiExitConfig
 from offramp_model.layer_loop import LayerStack
 from offramp_model.onnx_stack import Device
 from offramp_model.policies import ExitPolicy, make_supported_policy
+from offramp_model.rows import MAX_ROWS
 from offramp_model.tokenizer import TextTokenizer
 from offramp_service.settings import Settings
 
@@ -28,9 +27,9 @@ class SettingsError(ValueError):
     """A setting that this checkpoint cannot honour."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """What is served: the opened checkpoint and the limits in effect.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DescribedModel:
+    """What has to be known of a checkpoint to take requests for it, with the limits in effect.
 
     `table` is None if the policy was not calibrated on this backend and dtype; then only a
     speed-up of 1 and raw thresholds can be asked for.
@@ -42,12 +41,9 @@ class ServedModel:
     config: MultiExitConfig
     policy: ExitPolicy
     table: CalibrationTable | None
-    stack: LayerStack
     tokenizer: TextTokenizer
-    device: Device
     backend: str
     dtype: str
-    torch_threads: int
     vocab_size: int  # token ids that the model has embeddings for
     max_input_length: int
     max_batch_texts: int
@@ -59,11 +55,6 @@ class ServedModel:
     @property
     def num_layers(self) -> int:
         return self.config.num_layers
-
-    @property
-    def tensor_device(self) -> Device:
-        """Where hidden states are between segments; those of graphs come back to the host."""
-        return self.device if self.backend == "torch" else "cpu"
 
     def expected_accuracy(self, speedup: float) -> float:
         """At a speed-up that can be asked for, by calibration; NaN where there is none."""
@@ -80,6 +71,20 @@ class ServedModel:
         return [1 - sum(point.exit_counts[:layer]) / rows for layer in exits]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel(DescribedModel):
+    """What is served: the opened checkpoint, ready to run."""
+
+    stack: LayerStack
+    device: Device
+    torch_threads: int | None  # None: torch does not run it
+
+    @property
+    def tensor_device(self) -> Device:
+        """Where hidden states are between segments; those of graphs come back to the host."""
+        return self.device if self.backend == "torch" else "cpu"
+
+
 def load_model(settings: Settings) -> ServedModel:
     """Open the checkpoint.
 
@@ -89,6 +94,31 @@ def load_model(settings: Settings) -> ServedModel:
     """
     checkpoint = load_checkpoint(settings.directory)
     device, dtype = _device(settings, checkpoint), _dtype(settings, checkpoint)
+    stack = checkpoint.any_stack(dtype, device=device, threads=settings.engine_threads)
+    return ServedModel(
+        **_description(settings, checkpoint, dtype, stack.vocab_size),
+        stack=stack,
+        device=device,
+        torch_threads=settings.engine_threads if checkpoint.backend == "torch" else None,
+    )
+
+
+def describe_model(settings: Settings, vocab_size: int) -> DescribedModel:
+    """Open the checkpoint for a process that takes requests and computes nothing; what only the
+    weights show is given.
+
+    Raises:
+        CheckpointError, SettingsError: as `load_model`.
+    """
+    checkpoint = load_checkpoint(settings.directory)
+    dtype = _dtype(settings, checkpoint)
+    return DescribedModel(**_description(settings, checkpoint, dtype, vocab_size))
+
+
+def _description(
+    settings: Settings, checkpoint: Checkpoint, dtype: str, vocab_size: int
+) -> dict[str, Any]:
+    """The fields of a `DescribedModel`."""
     policy = _policy(settings.exit_policy or checkpoint.manifest.exit_policy, checkpoint.model)
     try:
         table = checkpoint.table(policy.name, backend=checkpoint.backend, dtype=dtype)
@@ -97,30 +127,24 @@ def load_model(settings: Settings) -> ServedModel:
         table = None
     max_input_length = _max_input_length(settings, checkpoint.model.max_length)
     least, most = _speedup_range(settings, table)
-    stack = checkpoint.any_stack(dtype, device=device, threads=settings.engine_threads)
-    return ServedModel(
-        name=settings.model_name,
-        version=settings.model_version,
-        sha=checkpoint.version,
-        config=checkpoint.model,
-        policy=policy,
-        table=table,
-        stack=stack,
-        tokenizer=checkpoint.tokenizer(max_input_length),
-        device=device,
-        backend=checkpoint.backend,
-        dtype=dtype,
-        # ONNX Runtime has its own threads; torch's would fight them for the cores over operations
-        # that are too small to share.
-        torch_threads=settings.engine_threads if checkpoint.backend == "torch" else 1,
-        vocab_size=stack.vocab_size,
-        max_input_length=max_input_length,
-        max_batch_texts=_max_batch_texts(settings),
-        min_speedup=least,
-        max_speedup=most,
-        default_speedup=_default_speedup(settings, least, most),
-        floors=_floors(settings, table, most),
-    )
+    return {
+        "name": settings.model_name,
+        "version": settings.model_version,
+        "sha": checkpoint.version,
+        "config": checkpoint.model,
+        "policy": policy,
+        "table": table,
+        "tokenizer": checkpoint.tokenizer(max_input_length),
+        "backend": checkpoint.backend,
+        "dtype": dtype,
+        "vocab_size": vocab_size,
+        "max_input_length": max_input_length,
+        "max_batch_texts": _max_batch_texts(settings),
+        "min_speedup": least,
+        "max_speedup": most,
+        "default_speedup": _default_speedup(settings, least, most),
+        "floors": _floors(settings, table, most),
+    }
 
 
 def _device(settings: Settings, checkpoint: Checkpoint) -> Device:
@@ -134,11 +158,19 @@ def _device(settings: Settings, checkpoint: Checkpoint) -> Device:
                 "checkpoint that they were exported from runs on both"
             )
         return "cuda" if settings.device == "cuda" else "cpu"
-    if torch.cuda.is_available():
+    if _has_cuda():
         return "cuda"
     if settings.device == "cuda":
         raise SettingsError("--device cuda: torch sees no CUDA device; allowed here: auto, cpu")
     return "cpu"
+
+
+def _has_cuda() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False  # the checkpoint says what is missing, when it is asked for its stack
+    return torch.cuda.is_available()
 
 
 def _dtype(settings: Settings, checkpoint: Checkpoint) -> str:

@@ -6,6 +6,7 @@ value means for a given checkpoint (its longest text, its reachable speed-ups) i
 `served_model.py`, where the checkpoint is known.
 """
 
+import json
 import os
 import re
 import socket
@@ -145,6 +146,20 @@ class Settings(BaseSettings):
     api_key_file: Annotated[
         Path | None,
         Field(description="further keys, one a line; read again when the file changes"),
+    ] = None
+    http_workers: Annotated[
+        PositiveInt,
+        Field(
+            description="processes that speak HTTP; with more than one, the process with the "
+            "engine is another one beside them"
+        ),
+    ] = 1
+    admin_key_file: Annotated[
+        Path | None,
+        Field(
+            description="keys that open /admin/policy, where default speed-up and latency target "
+            "are read and changed, and nothing else; default: it is closed"
+        ),
     ] = None
     cors_allow_origin: Annotated[
         tuple[Origin, ...],
@@ -320,7 +335,7 @@ class Settings(BaseSettings):
 
     # observability
     json_output: Annotated[bool, Field(description="log JSON lines")] = False
-    log_level: LogLevel = "info"
+    log_level: Annotated[LogLevel, Field(description="log this and what is worse")] = "info"
     otlp_endpoint: Annotated[
         Endpoint | None,
         Field(
@@ -401,6 +416,14 @@ class Settings(BaseSettings):
         """The checkpoint of settings for one model, see `of_model`."""
         assert self.model_id is not None
         return self.model_id
+
+    def with_secrets(self) -> bytes:
+        """As JSON from which another process of ours makes the same settings."""
+        given = self.model_dump(mode="json", exclude_unset=True, exclude={"config"})
+        for name in given:
+            if isinstance(value := getattr(self, name), SecretStr):
+                given[name] = value.get_secret_value()
+        return json.dumps(given).encode()
 
     def _directories(self) -> dict[str, Path]:
         """By name, the default first."""

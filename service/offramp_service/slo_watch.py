@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from offramp_service.metrics import Metrics
-from offramp_service.served_model import ServedModel
-from offramp_service.settings import Settings
+from offramp_service.served_model import DescribedModel
+from offramp_service.settings import Settings, SloMode
 from offramp_service.slo import Load, SloController
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class SloWatch:
     def __init__(
         self,
         settings: Settings,
-        model: ServedModel,
+        model: DescribedModel,
         load: Callable[[], Load],
         metrics: Metrics,
         *,
@@ -33,11 +33,20 @@ class SloWatch:
     ) -> None:
         self._settings, self._model, self._metrics = settings, model, metrics
         self._load, self._clock = load, clock
-        self._mode = settings.slo_mode
+        self.default_speedup = model.default_speedup  # an operator may change it
         self._controller: SloController | None = None
         self._shown = False  # are the metrics of this model?
-        if settings.slo_p95_ms is not None and self._mode != "off":
-            self._controller = SloController(settings.slo_p95_ms / 1000, model.floors)
+        self.aim(settings.slo_p95_ms, settings.slo_mode)
+
+    def aim(self, target_p95_ms: float | None, mode: SloMode) -> None:
+        """Keep another target from now on, or none, from where the floor is."""
+        before = self._controller
+        self.target_p95_ms, self.mode, self._controller = target_p95_ms, mode, None
+        if target_p95_ms is not None and mode != "off":
+            self._controller = SloController(target_p95_ms / 1000, self._model.floors)
+            if before is not None:
+                self._controller.go_on_from(before)
+        self._tell()
 
     def show(self, before: "SloWatch | None" = None) -> None:
         """From now on the metrics tell of this one; it goes on from where the one before was."""
@@ -46,8 +55,6 @@ class SloWatch:
             if self._controller is not None and before._controller is not None:
                 self._controller.go_on_from(before._controller)
         self._shown = True
-        if self._settings.slo_p95_ms is not None:
-            self._metrics.slo_set(self._settings.slo_p95_ms / 1000)
         self._tell()
 
     def floor(self) -> float:
@@ -85,8 +92,8 @@ class SloWatch:
         """For `/info`."""
         floors = self._model.floors
         return {
-            "target_p95_ms": self._settings.slo_p95_ms,
-            "mode": self._mode,
+            "target_p95_ms": self.target_p95_ms,
+            "mode": self.mode,
             "floor": self._controller.floor if self._controller is not None else 1.0,
             "ceiling": floors[-1],
             "min_accuracy": self._settings.min_accuracy,
@@ -94,20 +101,21 @@ class SloWatch:
 
     @property
     def _enforced(self) -> float:
-        if self._controller is None or self._mode != "enforce":
+        if self._controller is None or self.mode != "enforce":
             return 1.0
         return self._controller.floor
 
     def _tell(self) -> None:
         if not self._shown:
             return
-        controller = self._controller
+        controller, target_ms = self._controller, self.target_p95_ms
+        self._metrics.slo_set(math.nan if target_ms is None else target_ms / 1000)
         p95_s = controller.p95_s if controller is not None else None
         self._metrics.slo_seen(
             p95_s=math.nan if p95_s is None else p95_s,
             floor=controller.floor if controller is not None else 1.0,
             expected_accuracy=self._model.expected_accuracy(
-                max(self._model.default_speedup, self._enforced)
+                max(self.default_speedup, self._enforced)
             ),
         )
 
@@ -115,6 +123,6 @@ class SloWatch:
         """The first step up and the last one down; those between are in the metrics."""
         if before == 1.0:
             text = "a p95 of %.4g ms is in danger: speed-ups below %.4g are raised (%s)"
-            log.info(text, controller.target_s * 1000, controller.floor, self._mode)
+            log.info(text, controller.target_s * 1000, controller.floor, self.mode)
         elif controller.floor == 1.0:
             log.info("the load is over: speed-ups are as asked for")

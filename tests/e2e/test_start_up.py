@@ -21,12 +21,12 @@ COUNTING = """
 import gc, sys
 import offramp_service.models as models
 from offramp_service.__main__ import main
-from offramp_service.pipeline import Pipeline
+from offramp_service.pipeline import RoomPipeline
 collect = models.collect_what_stayed
 def counting():
     collect()
     gc.unfreeze()
-    pipelines = sum(type(one) is Pipeline for one in gc.get_objects())
+    pipelines = sum(type(one) is RoomPipeline for one in gc.get_objects())
     print("pipelines:", pipelines, flush=True)
 models.collect_what_stayed = counting
 sys.exit(main(sys.argv[1:]))

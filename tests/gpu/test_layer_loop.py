@@ -46,7 +46,7 @@ def answers(device: str, policy_name: str, threshold: float) -> list[tuple[int, 
     policy = make_policy(policy_name)
     rows = start_rows(
         stack,
-        TokenBatch.pack(encodings, device),
+        TokenBatch.pack(encodings),
         policy,
         RowSettings.uniform(len(encodings), threshold, max_layer=stack.num_layers),
     )
@@ -64,6 +64,6 @@ def test_the_device_leaves_where_the_cpu_leaves(name: str) -> None:
 
 
 def test_what_is_recorded_on_the_device_is_what_the_cpu_records() -> None:
-    found, expected = (record_exits(*on(device), device=device) for device in ("cuda", "cpu"))
+    found, expected = (record_exits(*on(device)) for device in ("cuda", "cpu"))
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.gate, expected.gate, rtol=1e-4, atol=1e-4)

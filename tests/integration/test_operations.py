@@ -131,7 +131,7 @@ async def test_keys_are_in_no_log(running: Any, caplog: pytest.LogCaptureFixture
 
 async def test_a_refusal_during_the_drain_still_ends_the_connection(running: Any) -> None:
     async with running(api_key="sesame") as client:
-        client.app.state.models.default.lifecycle.phase = "draining"
+        client.app.state.models.lifecycle.phase = "draining"
         response: httpx.Response = await client.get("/info")
         assert (response.status_code, response.headers["connection"]) == (401, "close")
 
@@ -308,7 +308,7 @@ async def test_an_engine_that_cannot_be_built_anew_is_dead(
         raise SystemExit
 
     async with running() as client:
-        lifecycle = client.app.state.models.default.lifecycle
+        lifecycle = client.app.state.models.lifecycle
         monkeypatch.setattr(Engine, "warm_up", broken)
         monkeypatch.setattr(Engine, "__call__", broken)
         assert (await post(client, input="w1")).status_code == 500

@@ -281,7 +281,7 @@ async def test_mixed_speedups_share_a_batch_and_keep_their_meaning(
         alone = [await ask(index) for index in range(len(texts))]
         gate.opened.clear()
         together = [asyncio.create_task(ask(index)) for index in range(len(texts))]
-        lifecycle = client.app.state.models.default.lifecycle  # type: ignore[attr-defined]
+        lifecycle = client.app.state.models.lifecycle  # type: ignore[attr-defined]
         await until(lambda: lifecycle.inflight == len(texts))
         gate.opened.set()
         mixed = await asyncio.gather(*together)
@@ -723,7 +723,7 @@ async def test_probes_through_a_life(running: Running) -> None:
     async with running() as client:
         assert [(await client.get(path)).status_code for path in paths] == [200] * 5
         assert (await client.head("/readyz")).status_code == 200
-        lifecycle = client.app.state.models.default.lifecycle  # type: ignore[attr-defined]
+        lifecycle = client.app.state.models.lifecycle  # type: ignore[attr-defined]
         assert "connection" not in (await post(client, input="w1")).headers
         lifecycle.phase = "draining"
         assert [(await client.get(path)).status_code for path in paths] == [200, 200, 503, 503, 503]

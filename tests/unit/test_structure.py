@@ -2,10 +2,15 @@
 
 import importlib
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from offramp_kernels import contract
+from offramp_model import rows
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = [
@@ -48,6 +53,22 @@ def test_the_version_is_in_the_changelog() -> None:
     newest = re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)
     assert newest is not None
     assert newest.group(1) == project["version"]
+
+
+def test_batches_hold_what_the_kernels_take() -> None:
+    assert rows.MAX_ROWS == contract.MAX_ROWS
+
+
+def test_the_command_that_serves_loads_no_torch() -> None:
+    """Until a checkpoint is opened that runs in it; graphs never do (tests/e2e)."""
+    unwanted = ("torch", "triton", "onnx", "onnxruntime", "matplotlib", "offramp_kernels")
+    program = f"""
+import sys
+import offramp_model, offramp_service.__main__
+print([name for name in {unwanted} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
 
 def test_the_model_and_the_service_do_not_load_transformers() -> None:

@@ -33,7 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp_model.calibration import curve, point_for, reachable_speedups
+from offramp_model.calibrating import curve
+from offramp_model.calibration import point_for, reachable_speedups
 from offramp_model.checkpoint import load_checkpoint
 from offramp_model.labels import label_set
 from offramp_model.policies import Direction, ExitPolicy, SignalPolicy, make_supported_policy

@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 
-from offramp_model.calibration import CurvePoint, curve, layer_accuracies, oracle, trace
+from offramp_model.calibrating import curve, layer_accuracies, oracle, trace
+from offramp_model.calibration import CurvePoint
 from offramp_model.checkpoint import Checkpoint, load_checkpoint
 from offramp_model.policies import make_supported_policy
 from offramp_training.compare import signal_aurocs, step_curve

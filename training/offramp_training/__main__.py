@@ -20,7 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from rich.console import Console
 
-from offramp_model.checkpoint import DTYPES, CheckpointError, Manifest, load_checkpoint
+from offramp_model.checkpoint import TORCH_DTYPES, CheckpointError, Manifest, load_checkpoint
 from offramp_model.policies import POLICIES, supported_policies
 from offramp_training.config import parse_recipe, read_recipe, read_table
 from offramp_training.data import Columns, Dataset, load_split
@@ -240,7 +240,9 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("checkpoint", type=Path, metavar="DIR")
     _add_rows(calibrate)
     calibrate.add_argument("--backend", choices=["torch", "onnx"], help="default: what it is for")
-    calibrate.add_argument("--dtype", choices=[*sorted(DTYPES), "int8"], help="default: its own")
+    calibrate.add_argument(
+        "--dtype", choices=[*sorted(TORCH_DTYPES), "int8"], help="default: its own"
+    )
     calibrate.set_defaults(run=_calibrate)
 
     _add_export(commands)

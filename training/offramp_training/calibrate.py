@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
-from offramp_model.calibration import CalibrationTable, curve
+from offramp_model.calibrating import curve
+from offramp_model.calibration import CalibrationTable
 from offramp_model.checkpoint import Checkpoint, Manifest, update_manifest
 from offramp_model.policies import make_supported_policy, supported_policies
 from offramp_training.data import Dataset

@@ -19,15 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from offramp_model.calibration import (
-    REQUESTED_SPEEDUPS,
-    CurvePoint,
-    ExitTrace,
-    curve,
-    layer_accuracies,
-    oracle,
-    trace,
-)
+from offramp_model.calibrating import ExitTrace, curve, layer_accuracies, oracle, trace
+from offramp_model.calibration import REQUESTED_SPEEDUPS, CurvePoint
 from offramp_model.checkpoint import Checkpoint
 from offramp_model.policies import make_supported_policy
 from offramp_model.recorded import RecordedExits

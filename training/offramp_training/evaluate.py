@@ -17,16 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from offramp_model.calibration import (
-    CalibrationTable,
-    CurvePoint,
-    curve,
-    layer_accuracies,
-    measure_point,
-    oracle,
-    point_for,
-    reachable_speedups,
-)
+from offramp_model.calibrating import curve, layer_accuracies, measure_point, oracle
+from offramp_model.calibration import CalibrationTable, CurvePoint, point_for, reachable_speedups
 from offramp_model.checkpoint import Checkpoint, CheckpointError, update_manifest
 from offramp_model.config import MultiExitConfig
 from offramp_model.policies import (

@@ -54,7 +54,7 @@ def export_onnx(checkpoint: Checkpoint, output: Path, *, measured_on: Dataset | 
         from offramp_training.activations import MOST_ROWS, measure_activations
     except ImportError as error:
         raise OutputError(
-            f"--format onnx needs {error.name}: pip install 'offramp[onnx]'"
+            f"--format onnx needs {error.name}: pip install 'offramp[train,onnx]'"
         ) from error
     activation = checkpoint.backbone[family_of(checkpoint.backbone).activation_key]
     scales, record = None, None

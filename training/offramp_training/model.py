@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import nn
 
+from offramp_model.backbone import check_backbone
 from offramp_model.config import MultiExitConfig, PolicyOptions, ProblemType
-from offramp_model.encoder import check_backbone
 from offramp_model.families import FAMILIES
 from offramp_model.heads import ExitHeads
 from offramp_training.config import ModelSection

@@ -120,7 +120,7 @@ def last_exit(checkpoint: Checkpoint, rows: Dataset, device: torch.device) -> to
     encodings = checkpoint.tokenizer().encode(rows.inputs)
     with rows_bar("rows through the teacher", len(rows)) as progress:
         stack = checkpoint.stack(device=device)
-        recorded = record_exits(stack, encodings, device=device, last_only=True, progress=progress)
+        recorded = record_exits(stack, encodings, last_only=True, progress=progress)
     return recorded.logits[-1]
 
 

@@ -16,7 +16,6 @@ from starlette.responses import Response
 from offramp_model.rows import Encoding
 from offramp_model.tokenizer import Text
 from offramp_service.errors import InvalidInput
-from offramp_service.models import Models
 from offramp_service.pipeline import Cut, Pipeline, Place
 from offramp_service.routes.door import (
     Call,
@@ -24,6 +23,7 @@ from offramp_service.routes.door import (
     LeanRoute,
     Outcome,
     ReadBody,
+    Served,
     Wording,
     check_request_id,
     classify,
@@ -53,7 +53,7 @@ def wording(_: Settings) -> Wording:
     return WORDING
 
 
-def router(models: Models) -> APIRouter:
+def router(models: Served) -> APIRouter:
     """The door's routes."""
     routes = APIRouter(route_class=LeanRoute, tags=["classify"])
     for path in PATHS:
@@ -69,7 +69,7 @@ def router(models: Models) -> APIRouter:
     return routes
 
 
-def _handler(models: Models) -> Handler:
+def _handler(models: Served) -> Handler:
     async def handle(request: Request, read_body: ReadBody, call: Call) -> Response:
         asked, ignored = read_request(await read_body())
         if asked.request_id is not None:

@@ -9,12 +9,12 @@ import math
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from fastapi import Request
 from fastapi.routing import APIRoute
@@ -24,10 +24,10 @@ from starlette.types import Receive
 from offramp_model.rows import Encoding
 from offramp_service.errors import ClientGone, DeadlineExceeded, InvalidInput, ServiceError
 from offramp_service.jobs import Controls, TimedAnswer
-from offramp_service.metrics import Metrics
-from offramp_service.models import Models
-from offramp_service.pipeline import Pipeline, Place
+from offramp_service.lifecycle import Lifecycle
+from offramp_service.pipeline import Counts, Pipeline, Place
 from offramp_service.schemas.shared import Details, Timings
+from offramp_service.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,21 @@ WORDING = "offramp.wording"  # of the door's, for routes that only tell
 
 _SPEAKABLE = re.compile(r"[\w.-]{1,60}", re.ASCII)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class Served(Protocol):
+    """The models that a door leads to; see `Models`."""
+
+    settings: Settings
+    lifecycle: Lifecycle
+
+    @property
+    def default(self) -> Pipeline: ...
+
+    def of(self, name: str | None, version: str | None = None) -> Pipeline: ...
+
+    @property
+    def served(self) -> Mapping[str, Sequence[str]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +72,7 @@ class Call:
     patience: "Patience"
     # Of the model that was asked for, or else the default. Not its pipeline: connections keep their
     # last request, and would keep a model with it that is no longer served.
-    metrics: Metrics
+    metrics: Counts
     # Filled when it is over, one of them:
     outcome: "Outcome | None" = None
     failure: str | None = None  # the kind of error
@@ -89,7 +104,7 @@ class LeanRoute(APIRoute):
 
 
 def door(
-    models: Models, route: str, handle: Handler, wording: Wording
+    models: Served, route: str, handle: Handler, wording: Wording
 ) -> Callable[[Request], Coroutine[Any, Any, Response]]:
     """The endpoint around a door's handler. Errors pass through to the app's one handler."""
     settings, lifecycle = models.settings, models.lifecycle

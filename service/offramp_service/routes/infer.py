@@ -19,7 +19,6 @@ from offramp_model.rows import Encoding
 from offramp_model.tokenizer import Text
 from offramp_service.errors import EmptyInput, InvalidInput
 from offramp_service.jobs import Controls
-from offramp_service.models import Models
 from offramp_service.pipeline import Cut, Pipeline, Place
 from offramp_service.routes.door import (
     Call,
@@ -27,6 +26,7 @@ from offramp_service.routes.door import (
     LeanRoute,
     Outcome,
     ReadBody,
+    Served,
     Wording,
     classify,
     door,
@@ -80,7 +80,7 @@ _KNOWN = frozenset(
 )
 
 
-def router(models: Models) -> APIRouter:
+def router(models: Served) -> APIRouter:
     """The door's routes."""
     routes = APIRouter(route_class=LeanRoute, tags=["v2"])
     infer = openapi.of_question(InferRequest, ErrorResponse, InferResponse)
@@ -103,7 +103,7 @@ def router(models: Models) -> APIRouter:
     return routes
 
 
-def _infer(models: Models) -> Handler:
+def _infer(models: Served) -> Handler:
     async def handle(request: Request, read_body: ReadBody, call: Call) -> Response:
         models.of(*_path(request))  # so that nobody's body is read in vain
         asked, ignored, tensors = _read(request, await read_body())
@@ -113,7 +113,7 @@ def _infer(models: Models) -> Handler:
     return handle
 
 
-def _predict(models: Models) -> Handler:
+def _predict(models: Served) -> Handler:
     async def handle(request: Request, read_body: ReadBody, call: Call) -> Response:
         asked, ignored = read_instances(await read_body())
         return await _Instances(models.of(*_path(request)), call).answer(asked, ignored, request)

@@ -16,7 +16,7 @@ from offramp_model.calibration import CalibrationTable, reachable_speedups
 from offramp_model.cost import StepTable
 from offramp_model.policies import threshold_range
 from offramp_service.models import Models
-from offramp_service.pipeline import Pipeline
+from offramp_service.pipeline import RoomPipeline
 from offramp_service.scheduler import Scheduler
 from offramp_service.schemas.reading import encode_json
 
@@ -54,7 +54,7 @@ def router(models: Models) -> APIRouter:
     return routes
 
 
-def describe(pipeline: Pipeline) -> dict[str, Any]:
+def describe(pipeline: RoomPipeline) -> dict[str, Any]:
     """The content of `/info`."""
     settings, model = pipeline.settings, pipeline.model
     ids = dict(enumerate(model.config.labels))
@@ -96,7 +96,7 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         "exit_layers": model.config.exit_layers,
         "exit_policy": model.policy.name,
         "speedup": {
-            "default": model.default_speedup,
+            "default": pipeline.controls.default_speedup,
             "min": model.min_speedup,
             "max": model.max_speedup,
         },

@@ -16,7 +16,6 @@ from starlette.responses import Response
 from offramp_model.rows import Encoding
 from offramp_model.tokenizer import Side, Text
 from offramp_service.errors import EmptyInput, InvalidInput
-from offramp_service.models import Models
 from offramp_service.pipeline import Cut, Pipeline, Place
 from offramp_service.routes.door import (
     Call,
@@ -24,6 +23,7 @@ from offramp_service.routes.door import (
     LeanRoute,
     Outcome,
     ReadBody,
+    Served,
     Wording,
     classify,
     door,
@@ -52,7 +52,7 @@ def wording(settings: Settings) -> Wording:
     return Wording(error_body, strict_status) if settings.tei_strict else Wording(error_body)
 
 
-def router(models: Models) -> APIRouter:
+def router(models: Served) -> APIRouter:
     """The door's routes."""
     strict = models.settings.tei_strict
     document = openapi.of_question(
@@ -75,7 +75,7 @@ def router(models: Models) -> APIRouter:
     return routes
 
 
-def _handler(models: Models) -> Handler:
+def _handler(models: Served) -> Handler:
     async def handle(request: Request, read_body: ReadBody, call: Call) -> Response:
         asked, ignored = read_request(await read_body())
         # TEI's clients cannot name a model; the default may have been exchanged meanwhile.

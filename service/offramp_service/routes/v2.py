@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from offramp_service.errors import InvalidInput, NotReady
 from offramp_service.models import Models
-from offramp_service.pipeline import Pipeline
+from offramp_service.pipeline import RoomPipeline
 from offramp_service.routes.door import LeanRoute, teller
 from offramp_service.routes.infer import WORDING
 from offramp_service.schemas import openapi
@@ -148,7 +148,7 @@ class _Told:
     async def alive_v1(self, _: Request) -> Response:
         return _json({"status": "alive"})
 
-    def _of(self, request: Request) -> Pipeline:
+    def _of(self, request: Request) -> RoomPipeline:
         return self._models.of(request.path_params["model"], request.path_params.get("version"))
 
 

@@ -38,6 +38,20 @@ def of_question(
     }
 
 
+def of_telling(answer: type, request: type | None = None) -> dict[str, Any]:
+    """A route that tells, or changes what it tells; errors are worded as on `/classify`."""
+    told, *asked = _schemas(answer, *([request] if request is not None else []))
+    body = {"requestBody": {"required": True, "content": _json(asked[0])}} if asked else {}
+    codes = ("400", "401", "404", "413", "422") if asked else ("401",)
+    return {
+        **body,
+        "responses": {
+            "200": {"description": "As it is now", "content": _json(told)},
+            **{code: {"description": MEANINGS[code]} for code in codes},
+        },
+    }
+
+
 def path_parameters(path: str, served: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     """What stands in a path: names, and the values of each that are served here."""
     return [

@@ -127,7 +127,7 @@ def run_policy(policy: Any, logits: Tensor, gate: Tensor, table: SlotTable) -> d
         min_layer=table.min_layer[:ROWS].long(),
         max_layer=table.max_layer[:ROWS].long(),
         alive=torch.ones(ROWS, dtype=torch.bool),
-        state=policy.initial_state(ROWS, LABELS, "cpu"),
+        state=policy.initial_state(ROWS, LABELS, table.threshold),
     )
     found = {
         "exit_layer": torch.zeros(ROWS, dtype=torch.int32),

@@ -124,11 +124,12 @@ def run_loop() -> RunLoop:
         )
         rows = start_rows(stack, TokenBatch.pack(encodings), policy, settings)
         for leavers in layer_loop(stack, rows, policy, compact=compact):
-            answers.exit_layer[leavers.row] = leavers.exit_layer
-            answers.label[leavers.row] = leavers.label
-            answers.logits[leavers.row] = leavers.logits
-            answers.signal[leavers.row] = leavers.signal.double()
-            answers.times[leavers.row] += 1
+            row = torch.as_tensor(leavers.row)
+            answers.exit_layer[row] = leavers.exit_layer
+            answers.label[row] = torch.as_tensor(leavers.label)
+            answers.logits[row] = torch.as_tensor(leavers.logits)
+            answers.signal[row] = torch.as_tensor(leavers.signal).double()
+            answers.times[row] += 1
         return answers
 
     return run

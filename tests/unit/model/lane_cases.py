@@ -111,7 +111,7 @@ def of_loop(
     stack: PackedEncoder, policy: str, encodings: list[Encoding], settings: RowSettings
 ) -> dict[int, Answer]:
     made = make_supported_policy(policy, stack.config)
-    batch = TokenBatch.pack(encodings, stack.embeddings.words.device)
+    batch = TokenBatch.pack(encodings)
     return _collect(layer_loop(stack, start_rows(stack, batch, made, settings), made))
 
 

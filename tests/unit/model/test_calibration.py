@@ -8,16 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offramp_model.calibration import (
-    CalibrationTable,
-    CurvePoint,
-    curve,
-    layer_accuracies,
-    macro_f1,
-    oracle,
-    reachable_speedups,
-    trace,
-)
+from offramp_model.calibrating import curve, layer_accuracies, macro_f1, oracle, trace
+from offramp_model.calibration import CalibrationTable, CurvePoint, reachable_speedups
 from offramp_model.policies import POLICIES, make_policy, never
 from offramp_model.recorded import RecordedExits
 

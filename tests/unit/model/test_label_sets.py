@@ -11,13 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loading import load
-from offramp_model.calibration import (
-    curve,
-    layer_accuracies,
-    oracle,
-    set_macro_f1,
-    trace,
-)
+from offramp_model.calibrating import curve, layer_accuracies, oracle, set_macro_f1, trace
 from offramp_model.checkpoint import CheckpointError, load_checkpoint, update_manifest
 from offramp_model.config import MOST_LABELS_OF_SETS, MultiExitConfig
 from offramp_model.encoder import PackedEncoder
@@ -230,7 +224,7 @@ def test_compaction_and_neighbours_change_no_set(run_loop: Any, name: str) -> No
         assert int(alone.label) == int(always.label[row])
 
 
-def unpacked(asked: RowSettings) -> tuple[torch.Tensor, ...]:
+def unpacked(asked: RowSettings) -> tuple[Any, ...]:
     return asked.threshold, asked.min_layer, asked.max_layer
 
 

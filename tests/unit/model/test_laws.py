@@ -3,12 +3,13 @@
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offramp_model.calibration import curve, trace
+from offramp_model.calibrating import curve, trace
 from offramp_model.encoder import PackedEncoder
 from offramp_model.layer_loop import LayerStack, Leavers, every_exit, layer_loop, start_rows
 from offramp_model.policies import POLICIES, HeadOutput, make_policy, never
@@ -37,7 +38,7 @@ def random_settings(count: int, policy: Any, layers: int, seed: int) -> RowSetti
         lowest.append(low)
         highest.append(rng.choice([layers, layers, rng.randint(low, layers)]))
     return RowSettings(
-        torch.tensor(thresholds, dtype=torch.float64), torch.tensor(lowest), torch.tensor(highest)
+        np.array(thresholds, np.float64), np.array(lowest, np.int64), np.array(highest, np.int64)
     )
 
 
@@ -71,7 +72,7 @@ def joined_answers(
     exits and together from there on."""
     half = len(encodings) // 2
     rows, turns = [], []
-    for index in (torch.arange(half), torch.arange(half, len(encodings))):
+    for index in (np.arange(half), np.arange(half, len(encodings))):
         batch = TokenBatch.pack([encodings[row] for row in index.tolist()])
         rows.append(start_rows(stack, batch, policy, settings.at(index)))
         turns.append(layer_loop(stack, rows[-1], policy))
@@ -122,7 +123,7 @@ def test_law_2_rows_with_different_settings_share_a_batch(
     settings = random_settings(len(encodings), policy, 4, seed)
     together = run_loop(stack, encodings, policy, settings)
     for row, encoding in enumerate(encodings):
-        alone = run_loop(stack, [encoding], policy, settings.at(torch.tensor([row])))
+        alone = run_loop(stack, [encoding], policy, settings.at(np.array([row])))
         assert int(alone.exit_layer) == int(together.exit_layer[row])
         assert int(alone.label) == int(together.label[row])
         assert int(settings.min_layer[row]) <= int(alone.exit_layer) <= int(settings.max_layer[row])
@@ -236,9 +237,9 @@ def test_law_5_neighbours_and_order_do_not_change_an_answer(
     mixed = [*encodings, *others]
     order = list(range(len(mixed)))
     random.Random(seed).shuffle(order)
-    plain = run_loop(stack, encodings, policy, settings.at(torch.arange(len(encodings))))
+    plain = run_loop(stack, encodings, policy, settings.at(np.arange(len(encodings))))
     shuffled = run_loop(
-        stack, [mixed[index] for index in order], policy, settings.at(torch.tensor(order))
+        stack, [mixed[index] for index in order], policy, settings.at(np.array(order))
     )
     for place, index in enumerate(order):
         if index < len(encodings):
@@ -298,9 +299,7 @@ def test_the_loop_stops_when_nobody_is_left(stack: PackedEncoder) -> None:
 def test_forced_rows_are_told_apart(stack: PackedEncoder) -> None:
     policy = make_policy("full_depth")
     encodings = [Encoding([5, 6], [0, 0])] * 2
-    settings = RowSettings(
-        torch.zeros(2, dtype=torch.float64), torch.tensor([1, 1]), torch.tensor([2, 4])
-    )
+    settings = RowSettings(np.zeros(2), np.array([1, 1]), np.array([2, 4]))
     rows = start_rows(stack, TokenBatch.pack(encodings), policy, settings)
     passed = list(layer_loop(stack, rows, policy))
     assert [leavers.row.tolist() for leavers in passed] == [[], [0], [], [1]]

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from loading import load
 from offramp_model.config import MultiExitConfig, Pooling
 from offramp_model.encoder import PackedEncoder
+from offramp_model.exit_head import exit_heads
 from offramp_model.families import family_of
 from offramp_model.heads import ExitHeads
 from offramp_model.onnx_graph import embedding_graph, segment_graph
@@ -41,7 +42,7 @@ def over_onnx(stack: PackedEncoder, backbone: dict[str, Any], heads: ExitHeads) 
             ).SerializeToString()
             for layer in config.exit_layers
         },
-        heads,
+        exit_heads(config, {name: value.numpy() for name, value in heads.state_dict().items()}),
         config,
         vocab_size=stack.vocab_size,
         max_positions=stack.max_positions,
@@ -81,7 +82,8 @@ def test_every_exit_agrees_with_torch(family: str, activation: str) -> None:
             assert close(onnx.exit_head(layer, ours).logits, stack.exit_head(layer, theirs).logits)
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+def close(found: Any, theirs: torch.Tensor) -> bool:
+    ours = torch.as_tensor(found)
     assert ours.shape == theirs.shape
     return float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
@@ -125,12 +127,12 @@ def test_laws_1_2_and_5(
     order = list(range(len(mixed)))
     random.Random(seed).shuffle(order)
     count = len(encodings)
-    plain = run_loop(onnx_stack, encodings, policy, asked.at(torch.arange(count)))
+    plain = run_loop(onnx_stack, encodings, policy, asked.at(np.arange(count)))
     shuffled = run_loop(
         onnx_stack,
         [mixed[index] for index in order],
         policy,
-        asked.at(torch.tensor(order)),
+        asked.at(np.array(order)),
         lambda layer, alive, carried: schedule[layer - 1],
     )
     assert shuffled.times.eq(1).all()
@@ -158,7 +160,7 @@ def test_batches_joined_on_the_way_keep_their_answers(
 
 def test_nobody_left_is_no_work(onnx_stack: OnnxStack) -> None:
     hidden = onnx_stack.embed(TokenBatch.pack([Encoding([5, 6], [0, 0])]))
-    hidden = hidden.keep(torch.tensor([False]))
+    hidden = hidden.keep(np.array([False]))
     after = onnx_stack.segment(2, hidden)
     assert after.values.shape == (0, 16)
     assert onnx_stack.exit_head(2, after).logits.shape == (0, 3)
@@ -201,7 +203,7 @@ def test_a_graph_that_cannot_be_run_is_refused_by_name(stack: PackedEncoder) -> 
         OnnxStack(
             b"not a graph",
             {},
-            ExitHeads(stack.config),
+            [],
             stack.config,
             vocab_size=1,
             max_positions=1,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from offramp_model import signals
-from offramp_model.calibration import ExitTrace, spread_thresholds, threshold_speedups, trace
+from offramp_model.calibrating import ExitTrace, spread_thresholds, threshold_speedups, trace
 from offramp_model.layer_loop import layer_loop, start_rows
 from offramp_model.policies import VotePolicy
 from offramp_model.recorded import RecordedExits, RecordedStack

@@ -22,8 +22,8 @@ from offramp_model.checkpoint import (
 )
 from offramp_model.config import MultiExitConfig, Pooling
 from offramp_model.encoder import PackedEncoder
-from offramp_model.heads import ExitHeads
-from offramp_model.pooling import make_pooling, pool_packed
+from offramp_model.heads import ExitHeads, PoolingModule
+from offramp_model.pooling import pool_packed
 from offramp_model.recorded import record_exits
 from offramp_model.rows import Encoding, PackedTokens
 
@@ -45,9 +45,9 @@ def config_with(**changes: Any) -> MultiExitConfig:
     return MultiExitConfig(**(settings | changes))
 
 
-def random_pooling(form: Pooling, seed: int) -> nn.Module:
+def random_pooling(form: Pooling, seed: int) -> PoolingModule:
     """As trained: queries that are far from zero."""
-    pooling = make_pooling(config_with(pooling=form))
+    pooling = PoolingModule(config_with(pooling=form))
     generator = torch.Generator().manual_seed(seed)
     for parameter in pooling.parameters():
         nn.init.normal_(parameter, std=2.0, generator=generator)
@@ -65,6 +65,15 @@ def packed(rows: list[Tensor]) -> PackedTokens:
     return PackedTokens(torch.cat([*rows, torch.zeros(0, WIDTH)]), offsets)
 
 
+def by_numpy(pooling: PoolingModule, rows: list[Tensor]) -> Tensor:
+    """As between segments of ONNX Runtime."""
+    hidden, query = packed(rows), pooling.query
+    arrays = PackedTokens(hidden.values.numpy(), hidden.cu_seqlens.numpy())
+    return torch.from_numpy(
+        pool_packed(pooling.form, arrays, None if query is None else query.numpy())
+    )
+
+
 def padded(rows: list[Tensor], fill: float) -> tuple[Tensor, Tensor]:
     """Hidden states [B, S, H], `fill` where there is no token, and the mask [B, S]."""
     longest = max(map(len, rows))
@@ -76,7 +85,7 @@ def padded(rows: list[Tensor], fill: float) -> tuple[Tensor, Tensor]:
     return hidden, mask
 
 
-def attended(row: Tensor, pooling: nn.Module) -> list[float]:
+def attended(row: Tensor, pooling: PoolingModule) -> list[float]:
     """Attention pooling of one row [S, H], number by number."""
     query = pooling.get_parameter("query").tolist()
     tokens, size = row.tolist(), WIDTH // HEADS
@@ -96,19 +105,19 @@ def attended(row: Tensor, pooling: nn.Module) -> list[float]:
     return pooled
 
 
-def mean_of(row: Tensor, _: nn.Module) -> list[float]:
+def mean_of(row: Tensor, _: PoolingModule) -> list[float]:
     return [sum(feature) / len(row) for feature in row.T.tolist()]
 
 
-def first_of(row: Tensor, _: nn.Module) -> list[float]:
+def first_of(row: Tensor, _: PoolingModule) -> list[float]:
     return list(row[0].tolist())
 
 
-def largest_of(row: Tensor, _: nn.Module) -> list[float]:
+def largest_of(row: Tensor, _: PoolingModule) -> list[float]:
     return [max(feature) for feature in row.T.tolist()]
 
 
-TWINS: dict[Pooling, Callable[[Tensor, nn.Module], list[float]]] = {
+TWINS: dict[Pooling, Callable[[Tensor, PoolingModule], list[float]]] = {
     "cls": first_of,
     "mean": mean_of,
     "mean_cls": lambda row, pooling: mean_of(row, pooling) + first_of(row, pooling),
@@ -123,7 +132,7 @@ def test_packed_and_padded_are_the_plain_loop(form: Pooling, lengths: list[int],
     pooling, rows = random_pooling(form, seed), random_rows(lengths, seed)
     expected = torch.tensor([TWINS[form](row, pooling) for row in rows])
     hidden, mask = padded(rows, 1e9)
-    for ours in (pool_packed(pooling, packed(rows)), pooling(hidden, mask)):
+    for ours in (pooling.packed(packed(rows)), pooling(hidden, mask), by_numpy(pooling, rows)):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -153,19 +162,21 @@ def test_a_row_does_not_depend_on_its_neighbours(
     pooling, rows = random_pooling(form, seed), random_rows(lengths, seed)
     count = len(rows)
     stays = torch.tensor(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
-    together = pool_packed(pooling, packed(rows))
-    survivors = pool_packed(pooling, packed(rows).keep(stays))
+    together = pooling.packed(packed(rows))
+    survivors = pooling.packed(packed(rows).keep(stays))
+    kept = [row for row, stay in zip(rows, stays.tolist(), strict=True) if stay]
+    assert by_numpy(pooling, kept).equal(by_numpy(pooling, rows)[stays])
     torch.testing.assert_close(survivors, together[stays], rtol=1e-5, atol=1e-6)
 
 
 @given(lengths=row_lengths, seed=seeds)
 def test_fresh_attention_is_the_mean(lengths: list[int], seed: int) -> None:
     rows = random_rows(lengths, seed)
-    fresh, mean = (make_pooling(config_with(pooling=form)) for form in ("attention", "mean"))
+    fresh, mean = (PoolingModule(config_with(pooling=form)) for form in ("attention", "mean"))
     hidden, mask = padded(rows, 1e9)
     with torch.no_grad():
         torch.testing.assert_close(fresh(hidden, mask), mean(hidden, mask), rtol=1e-5, atol=1e-6)
-        ours, theirs = pool_packed(fresh, packed(rows)), pool_packed(mean, packed(rows))
+        ours, theirs = fresh.packed(packed(rows)), mean.packed(packed(rows))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -191,7 +202,7 @@ def test_each_attention_head_may_look_at_another_token() -> None:
     row[1, 0:4], row[2, 4:8] = 1.0, 1.0  # what the first and the second head look for
     query = pooling.get_parameter("query")
     query[0], query[1], query[2] = 100.0, 100.0, 0.0
-    pooled = pool_packed(pooling, packed([row]))[0]
+    pooled = pooling.packed(packed([row]))[0]
     torch.testing.assert_close(pooled[0:4], row[1, 0:4])
     torch.testing.assert_close(pooled[4:8], row[2, 4:8])
     torch.testing.assert_close(pooled[8:], row[:, 8:].mean(dim=0))
@@ -200,7 +211,7 @@ def test_each_attention_head_may_look_at_another_token() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_one_token_is_its_own_pooling(form: Pooling) -> None:
     rows = random_rows([1, 1, 1], seed=0)
-    pooled = pool_packed(random_pooling(form, seed=1), packed(rows))
+    pooled = random_pooling(form, seed=1).packed(packed(rows))
     for part in pooled.split(WIDTH, dim=1):
         assert part.equal(torch.cat(rows))
 
@@ -211,13 +222,13 @@ def test_no_rows_and_half_precision_keep_width_and_dtype(form: Pooling, dtype: t
     config = config_with(pooling=form)
     pooling = random_pooling(form, seed=0)
     empty = PackedTokens(torch.zeros(0, WIDTH, dtype=dtype), torch.zeros(1, dtype=torch.int32))
-    assert pool_packed(pooling, empty).shape == (0, config.pooled_size)
+    assert pooling.packed(empty).shape == (0, config.pooled_size)
     rows = random_rows([4, 2, 2], seed=0)
     exact, half = packed(rows), packed([row.to(dtype) for row in rows])
     half = half.replace(half.values.to(dtype))
-    pooled = pool_packed(pooling, half)
+    pooled = pooling.packed(half)
     assert (pooled.shape, pooled.dtype) == ((3, config.pooled_size), dtype)
-    torch.testing.assert_close(pooled.float(), pool_packed(pooling, exact), rtol=0.03, atol=0.03)
+    torch.testing.assert_close(pooled.float(), pooling.packed(exact), rtol=0.03, atol=0.03)
 
 
 @pytest.mark.parametrize("pooler", ["none", "shared", "per_exit"])
@@ -225,7 +236,7 @@ def test_no_rows_and_half_precision_keep_width_and_dtype(form: Pooling, dtype: t
 def test_poolers_classifiers_and_gates_fit_one_another(form: Pooling, pooler: Any) -> None:
     config = config_with(pooling=form, pooler=pooler, gate_hidden=4)
     heads = ExitHeads(config).eval()
-    pooled = heads.pool_packed(0, packed(random_rows([2, 5], seed=0)))
+    pooled = heads.head(0).pool(packed(random_rows([2, 5], seed=0)))
     assert pooled.shape == (2, config.pooled_size)
     state = heads.state(0, pooled)
     assert state.shape == (2, config.state_size)

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -53,23 +54,33 @@ def test_an_empty_text_is_refused() -> None:
         TokenBatch.pack([Encoding([1], [0]), Encoding([], [])])
 
 
+LIBRARIES = pytest.mark.parametrize(
+    "library", [np.asarray, torch.as_tensor], ids=["numpy", "torch"]
+)
+
+
+@LIBRARIES
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=10), data=st.data())
-def test_keep_drops_a_row_from_everything(lengths: list[int], data: st.DataObject) -> None:
+def test_keep_drops_a_row_from_everything(
+    library: Any, lengths: list[int], data: st.DataObject
+) -> None:
     count = len(lengths)
     batch = TokenBatch.pack([Encoding([row] * n, [0] * n) for row, n in enumerate(lengths)])
-    values = batch.input_ids[:, None].double()
+    order = library(batch.order)
     rows = ActiveRows(
-        hidden=PackedTokens(values, batch.cu_seqlens),
-        row=batch.order,
-        threshold=batch.order.double() / 10,
-        min_layer=batch.order + 1,
-        max_layer=batch.order + 100,
-        alive=torch.ones(count, dtype=torch.bool),
-        state={"memory": batch.order[:, None].repeat(1, 3)},
+        hidden=PackedTokens(
+            library(batch.input_ids[:, None].astype(np.float64)), library(batch.cu_seqlens)
+        ),
+        row=order,
+        threshold=library(batch.order / 10),
+        min_layer=order + 1,
+        max_layer=order + 100,
+        alive=library(np.ones(count, np.bool)),
+        state={"memory": library(np.repeat(batch.order[:, None], 3, axis=1))},
     )
     for _ in range(2):
         flags = data.draw(st.lists(st.booleans(), min_size=rows.num_rows, max_size=rows.num_rows))
-        stays = torch.tensor(flags, dtype=torch.bool)
+        stays = library(np.array(flags, np.bool))
         expected = rows.row[stays].tolist()
         rows.keep(stays)
         assert rows.row.tolist() == expected
@@ -149,20 +160,23 @@ def test_never_and_the_range_of_thresholds(name: str) -> None:
     assert abs(never(make_policy(name))) == float("inf")
 
 
-def test_policies_decide_for_no_rows() -> None:
-    stack = RecordedStack(RecordedExits(torch.zeros(1, 1, 2), (1,)))
+@LIBRARIES
+def test_policies_decide_for_no_rows(library: Any) -> None:
+    def none(dtype: Any, *width: int) -> Any:
+        return library(np.zeros((0, *width), dtype))
+
     for name in POLICIES:
         policy = make_policy(name)
         empty = ActiveRows(
-            hidden=PackedTokens(torch.zeros(0, 1), torch.zeros(1, dtype=torch.int32)),
-            row=torch.zeros(0, dtype=torch.int64),
-            threshold=torch.zeros(0, dtype=torch.float64),
-            min_layer=torch.zeros(0, dtype=torch.int64),
-            max_layer=torch.zeros(0, dtype=torch.int64),
-            alive=torch.zeros(0, dtype=torch.bool),
-            state=policy.initial_state(0, stack.num_labels, "cpu"),
+            hidden=PackedTokens(none(np.float32, 1), library(np.zeros(1, np.int32))),
+            row=none(np.int64),
+            threshold=none(np.float64),
+            min_layer=none(np.int64),
+            max_layer=none(np.int64),
+            alive=none(np.bool),
+            state=policy.initial_state(0, 2, none(np.int64)),
         )
-        head = HeadOutput(torch.zeros(0, 2), torch.zeros(0))
+        head = HeadOutput(none(np.float32, 2), none(np.float32))
         assert policy.decide(1, head, empty).leaving.shape == (0,)
 
 
@@ -223,9 +237,9 @@ def test_the_last_exit_can_be_recorded_alone() -> None:
 
 
 def test_settings_follow_the_order() -> None:
-    settings = RowSettings(torch.tensor([0.1, 0.2]), torch.tensor([1, 2]), torch.tensor([3, 4]))
-    swapped = settings.at(torch.tensor([1, 0]))
-    assert swapped.threshold.tolist() == settings.threshold.flip(0).tolist()
+    settings = RowSettings(np.array([0.1, 0.2]), np.array([1, 2]), np.array([3, 4]))
+    swapped = settings.at(np.array([1, 0]))
+    assert swapped.threshold.tolist() == [0.2, 0.1]
     assert swapped.max_layer.tolist() == [4, 3]
 
 

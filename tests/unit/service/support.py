@@ -12,7 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from offramp_model.calibration import CalibrationTable, curve
+from offramp_model.calibrating import curve
+from offramp_model.calibration import CalibrationTable
 from offramp_model.checkpoint import (
     DataRecord,
     Manifest,

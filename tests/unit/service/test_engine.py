@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from loading import load
 from offramp_model.policies import HeadOutput, make_policy
@@ -22,16 +22,16 @@ class ScriptedStack:
     problem_type = "single_label_classification"
 
     def embed(self, batch: TokenBatch) -> PackedTokens:
-        return PackedTokens(batch.input_ids[:, None].float(), batch.cu_seqlens)
+        return PackedTokens(batch.input_ids[:, None].astype(np.float32), batch.cu_seqlens)
 
     def segment(self, exit_layer: int, hidden: PackedTokens) -> PackedTokens:
         return hidden
 
     def exit_head(self, exit_layer: int, hidden: PackedTokens) -> HeadOutput:
-        token = hidden.values[hidden.cu_seqlens[:-1].long(), 0]
-        sure = torch.where(token <= exit_layer, 4.0, 0.1)
-        sure = torch.where(token == 9, torch.nan, sure)
-        return HeadOutput(torch.stack([-sure, sure], dim=-1))
+        token = hidden.values[hidden.cu_seqlens[:-1], 0]
+        sure = np.where(token <= exit_layer, np.float32(4.0), np.float32(0.1))
+        sure = np.where(token == 9, np.nan, sure)
+        return HeadOutput(np.stack([-sure, sure], axis=-1))
 
 
 class Client:

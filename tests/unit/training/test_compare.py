@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from offramp_model.calibration import trace
+from offramp_model.calibrating import trace
 from offramp_model.checkpoint import Checkpoint, load_checkpoint, update_manifest
 from offramp_model.policies import make_policy
 from offramp_model.recorded import RecordedExits

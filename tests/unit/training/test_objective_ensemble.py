@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offramp_model.calibration import trace
+from offramp_model.calibrating import trace
 from offramp_model.policies import VotePolicy
 from offramp_model.recorded import RecordedExits
 from offramp_model.tokenizer import TextTokenizer

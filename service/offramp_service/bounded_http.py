@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 # For connections whose last answer is still being written when the drain is over.
 _GOODBYE_S = 2
 # Between the last connection that is taken and the end: what it asks may still be on its way.
-_LAST_WORDS_S = 0.25
+_LAST_WORDS_S = 0.5
 KEEP_ALIVE_S = 75
 """Longer than balancers keep an idle connection (60 s is common): whoever closes first must be the
 one who also sends, or requests meet a closed connection."""

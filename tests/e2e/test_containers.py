@@ -31,7 +31,6 @@ import pytest
 import yaml
 
 from loading import ROOT, load
-from offramp_loadtest.http_client import Address, Connection, post
 
 engines = load("tests/e2e/containers/engine.py")
 stand_ins = load("tests/e2e/containers/stand_ins.py")
@@ -309,33 +308,53 @@ def test_comes_back_after_kill_9(stack: Stack) -> None:
     assert ask(f"{SERVER}/classify", question)["data"] == answer
 
 
-async def arrive(address: Address, came: Counter[str], stopped: asyncio.Event) -> None:
-    """A request every 5 ms, each when it is due and on a connection of its own, until the server
+class Asking(asyncio.Protocol):
+    """A connection that asks as soon as it is one: what is slow here must not look like a server
+    that did not answer."""
+
+    def __init__(self, request: bytes, came: Counter[str]) -> None:
+        self._request, self._came, self._received = request, came, b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+
+    def connection_lost(self, error: Exception | None) -> None:
+        answer = re.match(rb"HTTP/1.1 (\d+) .*\r\n\r\n.*[]}]$", self._received, re.DOTALL)
+        self._came["no answer" if answer is None else answer[1].decode()] += 1
+
+
+async def arrive(address: tuple[str, int], came: Counter[str], stopped: asyncio.Event) -> None:
+    """A request every 20 ms, each when it is due and on a connection of its own, until the server
     has stopped; what came of each."""
-    request = post(address, "/classify", json.dumps({"input": "play some jazz"}).encode())
+    body = json.dumps({"input": "play some jazz"})
+    lines = ["POST /classify HTTP/1.1", "host: x", "connection: close"]
+    lines += ["content-type: application/json", f"content-length: {len(body)}"]
+    request = "\r\n".join([*lines, "", body]).encode()
 
     async def one() -> None:
         try:
             async with asyncio.timeout(5):
-                connection = await Connection.open(address)
+                loop = asyncio.get_running_loop()
+                await loop.create_connection(lambda: Asking(request, came), *address)
         except OSError:  # nobody listens: the client knows, and asks somebody else
             came["not connected"] += 1
-            return
-        reply = await connection.exchange(request)
-        came["no answer" if reply is None else str(reply.status)] += 1
-        connection.close()
 
     async with asyncio.TaskGroup() as tasks:
         while not stopped.is_set():
             tasks.create_task(one())
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.02)
+    await asyncio.sleep(1)  # for the last answers
 
 
 async def stop_under_load(stack: Stack) -> tuple[Counter[str], Counter[str], datetime]:
     """What came of requests before the stop and from then on, and when it was asked for."""
     networks = stack.container("offramp")["NetworkSettings"]["Networks"]
     # Not the published port: its proxy takes connections that nobody will answer.
-    address = Address(next(iter(networks.values()))["IPAddress"], 3000)
+    address = (next(iter(networks.values()))["IPAddress"], 3000)
     came: Counter[str] = Counter()
     stopped = asyncio.Event()
     load = asyncio.create_task(arrive(address, came, stopped))
@@ -358,9 +377,9 @@ def test_stops_without_losing_an_answer(stack: Stack) -> None:
     took = (ended - asked).total_seconds()
     stack.figures["drain"] = {"before": before, "after": after, "asked_to_end_s": round(took, 1)}
     assert set(before) == {"200"}
-    assert before["200"] > 100
+    assert before["200"] > 20
     # Unready, and yet serving on, then 503 to new ones while those inside finish.
-    assert after["200"] > 300
+    assert after["200"] > 50
     assert after["no answer"] == 0
     assert set(after) <= {"200", "503", "not connected"}
     assert (state["ExitCode"], state["OOMKilled"]) == (0, False)
@@ -444,15 +463,19 @@ def test_the_load_profile_asks(stack: Stack) -> None:
     assert set(report["status"]) == {"200"}
 
 
+def _links() -> list[str]:
+    shown = subprocess.run(["ip", "-json", "link"], capture_output=True, text=True, check=True)
+    return sorted(link["ifname"] for link in json.loads(shown.stdout))
+
+
 def test_the_engine_leaves_nothing(folder: Path, built: Path) -> None:
     """What the fixtures promise to the machine, seen on an engine of its own."""
-    networks = Path("/proc/thread-self/ns/net").readlink()
+    networks, links = Path("/proc/thread-self/ns/net").readlink(), _links()
     with engines.own_network(), engines.engine(folder / "other", built, networks=True) as docker:
         assert Path("/proc/thread-self/ns/net").readlink() != networks
         docker("network", "create", "one")
     assert Path("/proc/thread-self/ns/net").readlink() == networks
-    seen = subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
-    assert "br-" not in seen
+    assert _links() == links
     assert not [
         one
         for one in psutil.process_iter(["cmdline"])

@@ -16,8 +16,7 @@ INSTALLED := $(VENV)/.installed
 PACKAGES := model kernels training service loadtest
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow test-gpu test-kserve check lint types imports spelling format \
-        quickstart install-e2e e2e bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak results-quickstart results-sst2 results-objectives reference docs clean
+.PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*## .*/\1/p' $(MAKEFILE_LIST))
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -121,6 +120,24 @@ bench-serve: $(INSTALLED) ## the service against its parts: rows per second, lat
 
 soak: $(INSTALLED) $(QUICKSTART)/offramp.json ## five minutes of everything at once against the quickstart server
 	$(BIN)/python service/bench/soak.py $(QUICKSTART) --texts training/data/snips/test.jsonl.gz --json docs/results/soak.json
+
+screenshots: $(INSTALLED) ## the pictures of /ui in docs/images; needs Chromium (apt-get install chromium)
+	test -e $(SST2)-int8/offramp.json || \
+	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8
+	$(BIN)/python scripts/screenshots.py $(SST2)-int8 --name sst2 --texts $(SST2_DATA)/validation.jsonl.gz \
+	  --output docs/images
+
+dashboards: $(INSTALLED) ## write the Grafana dashboards anew
+	cd deploy/grafana && $(abspath $(BIN))/python -m offramp_dashboards
+
+chart: $(INSTALLED) ## the made parts of the Helm chart: schema of settings, table of values, copies of rules and dashboards
+	$(BIN)/python scripts/chart.py sync
+
+chart-package: $(INSTALLED) ## dist/offramp-VERSION.tgz, to be pushed to a registry of charts
+	$(BIN)/python scripts/chart.py package
+
+manifests: $(INSTALLED) ## deploy/kubernetes, as the Helm chart renders it
+	$(BIN)/python scripts/chart.py manifests
 
 reference: $(INSTALLED) ## write docs/reference/ from the code
 	$(BIN)/python scripts/reference.py

@@ -110,7 +110,8 @@ def spread_thresholds(seen: ExitTrace, num_points: int) -> list[float]:
 
     Each stands halfway to the next signal at which something changes. The same text can get a
     signal that differs in the last bit from batch to batch; at a distance it leaves at the same
-    exit all the same.
+    exit all the same. Between signals that are neighbours there is no halfway: then it is the way
+    beyond the second one that is halved.
     """
     values, speedups = threshold_speedups(seen)
     if not len(values):
@@ -118,9 +119,14 @@ def spread_thresholds(seen: ExitTrace, num_points: int) -> list[float]:
     targets = np.geomspace(1.0, speedups[-1], num_points)
     targets = np.union1d(targets, [s for s in REQUESTED_SPEEDUPS if s <= speedups[-1]])
     chosen = np.unique(np.searchsorted(speedups, targets - SLACK, side="left"))
-    if seen.direction != "at_least":  # counts are exact, and read better as they are
-        values[:-1] += (values[1:] - values[:-1]) / 2
-    return [_rounded(values[index], seen.dtype) for index in chosen]
+    if seen.direction == "at_least":  # counts are exact, and read better as they are
+        return [_rounded(values[index], seen.dtype) for index in chosen]
+    halfway = [_rounded(value, seen.dtype) for value in values[:-1] + np.diff(values) / 2]
+    apart = [index for index, one in enumerate(halfway) if one != values[index + 1]]
+    roomy = np.array([*apart, len(values) - 1])
+    indices = np.unique(roomy[np.searchsorted(roomy, chosen)])
+    thresholds = [*halfway, _rounded(values[-1], seen.dtype)]
+    return [thresholds[index] for index in indices]
 
 
 def threshold_speedups(seen: ExitTrace) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -13,8 +13,9 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from offramp_service.jobs import Engine as Computes
+from offramp_service.metrics_port import metrics_port
 from offramp_service.models import Models
-from offramp_service.routes import admin, info, probes, v2
+from offramp_service.routes import admin, info, probes, ui, v2
 from offramp_service.served_model import ServedModel
 from offramp_service.settings import Settings
 from offramp_service.watched import watching
@@ -44,7 +45,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await models.warm()
         try:
-            async with watching(models):
+            async with watching(models), metrics_port(models):
                 yield
         finally:
             await models.close()
@@ -63,6 +64,8 @@ def create_app(
     app.include_router(info.router(models))
     if settings.admin_key_file is not None:
         app.include_router(admin.router(models))
+    if settings.ui:
+        app.router.routes.extend(ui.routes(models))
     surround(app, models, keys, tracer)
     app.state.models = models
     return app

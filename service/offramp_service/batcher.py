@@ -410,7 +410,8 @@ class Batcher:
 
     def _hand_out(self, group: Group, left: Left) -> None:
         """Post the answers of those who left together."""
-        self._metrics.layers_ran(range(group.layer + 1, left.exit_layer + 1), left.texts_run)
+        layers = range(group.layer + 1, left.exit_layer + 1)
+        self._metrics.layers_ran(layers, left.texts_run, len(left.answers))
         group.passed(left)
         now = self._clock()
         answers: list[tuple[Job, TimedAnswer | ServiceError]] = []

@@ -19,6 +19,7 @@ from offramp_model.cost import StepTable
 from offramp_model.full_pass import layer_timer, run_through, uniform_batch
 from offramp_model.labels import most_probable
 from offramp_model.layer_loop import LayerStack, Leavers, layer_loop, start_rows
+from offramp_model.noted import NotedPolicy
 from offramp_model.policies import ExitPolicy
 from offramp_model.rows import MAX_ROWS, ActiveRows, Encoding, RowSettings, TokenBatch
 from offramp_service.jobs import Answer, ExitReason, Job, Left
@@ -122,7 +123,11 @@ class Engine:
         return costs
 
     def __call__(self, jobs: Sequence[Job]) -> "Course":
-        """Take a batch in; iterating it answers every job that is not abandoned, exit by exit."""
+        """Take a batch in; iterating it answers every job that is not abandoned, exit by exit.
+
+        A batch with a job that asks for the signals of all its exits does not go through the device
+        lane, which keeps those at which texts leave.
+        """
         encodings, asked = [Encoding(job.ids, job.type_ids) for job in jobs], _settings(jobs)
         inside = list(jobs)  # grows where another batch joins
 
@@ -130,13 +135,15 @@ class Engine:
             return like(index, [inside[row].abandoned for row in index.tolist()], "bool")
 
         depth, score = self._stack.num_layers, scoring(self._stack.problem_type)
+        asking = [row for row, job in enumerate(jobs) if job.controls.all_signals]
+        policy = NotedPolicy(self._policy, asking)
         batch = TokenBatch.pack(encodings)
-        if self._lane is not None and self._lane.covers(batch):
+        if self._lane is not None and not asking and self._lane.covers(batch):
             turns = self._lane(batch, asked, abandoned=abandoned)
-            return Course(turns, None, inside, depth, score)
-        rows = start_rows(self._stack, batch, self._policy, asked)
-        turns = layer_loop(self._stack, rows, self._policy, abandoned=abandoned)
-        return Course(turns, rows, inside, depth, score)
+            return Course(turns, None, inside, depth, score, policy)
+        rows = start_rows(self._stack, batch, policy, asked)
+        turns = layer_loop(self._stack, rows, policy, abandoned=abandoned)
+        return Course(turns, rows, inside, depth, score, policy)
 
 
 class Course:
@@ -155,9 +162,10 @@ class Course:
         jobs: list[Job],
         num_layers: int,
         score: Scoring,
+        noted: NotedPolicy,
     ) -> None:
         self._turns, self._rows, self._jobs = turns, rows, jobs
-        self._num_layers, self._score = num_layers, score
+        self._num_layers, self._score, self._noted = num_layers, score, noted
         self._pending = set(range(len(jobs)))
 
     def __iter__(self) -> Iterator[Left]:
@@ -191,6 +199,7 @@ class Course:
             raise RuntimeError("batches in the device lane cannot be joined")
         offset = len(self._jobs)
         self._rows.append(other._rows, offset)
+        self._noted.take_in(other._noted, offset)
         self._jobs += other._jobs
         self._pending |= {offset + index for index in other._pending}
 
@@ -223,7 +232,8 @@ class Course:
                 answers.append((row, error))
                 continue
             reason = self._reason(layer, by_policy=by_policy)
-            answers.append((row, Answer(label, logits, row_probs, layer, signal, reason)))
+            noted = self._noted.signals.get(row)
+            answers.append((row, Answer(label, logits, row_probs, layer, signal, reason, noted)))
         return answers
 
     def _reason(self, layer: int, *, by_policy: bool) -> ExitReason:

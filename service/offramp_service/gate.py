@@ -18,9 +18,11 @@ from offramp_service.api_keys import Keyring
 from offramp_service.errors import Unauthorized
 from offramp_service.routes.door import CALL, Call, Patience, Served, Wording, request_id
 from offramp_service.routes.probes import PATHS as PROBES
+from offramp_service.routes.ui import PATHS as UI
 
-OPEN_PATHS = frozenset((*PROBES, "/v2/health/live", "/v2/health/ready"))
-"""An orchestrator asks these, and has no key."""
+OPEN_PATHS = frozenset((*PROBES, "/v2/health/live", "/v2/health/ready", *UI))
+"""An orchestrator asks these, and has no key; nor has a browser that opens a page, which then asks
+a person for one."""
 
 ADMIN = "/admin/"
 
@@ -44,7 +46,7 @@ class Gate:
         self._doors = [(compile_path(path)[0], path, one) for path, one in doors.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (keys := self._keys_of(scope["path"])) is not None:
+        if scope["type"] == "http" and (keys := self._keys_of(path_of(scope))) is not None:
             try:
                 keys.check(bearer(scope["headers"]))
             except Unauthorized as error:
@@ -63,11 +65,18 @@ class Gate:
     def _name_door(self, request: Request) -> None:
         """Say whose request it was, where the path is a door's."""
         for pattern, route, wording in self._doors:
-            if pattern.match(request.scope["path"]):
+            if pattern.match(path_of(request.scope)):
                 started = time.perf_counter()
                 metrics = self._models.default.metrics
                 call = Call(route, request_id(request), wording, started, Patience(0), metrics)
                 request.scope[CALL] = call
+
+
+def path_of(scope: Scope) -> str:
+    """A request's path as the routes see it: without the root path, if it came with that."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def bearer(headers: list[tuple[bytes, bytes]]) -> bytes | None:

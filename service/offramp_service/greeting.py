@@ -1,4 +1,5 @@
-"""One line for a person at a terminal when the server is ready, with something to paste."""
+"""One line for a person at a terminal when the server is ready, with something to paste, and a page
+to open."""
 
 import json
 import logging
@@ -26,4 +27,5 @@ def greet(pipeline: RoomPipeline, address: tuple[str, int]) -> None:
         log.info("listening on http://%s:%d", host, port)
     else:
         with suppress(OSError):  # nobody who is served may notice a full disk
-            print(f"{pipeline.model.name} is ready. Try: {curl}", flush=True)
+            page = f" or open http://{host}:{port}/ui" if pipeline.settings.ui else ""
+            print(f"{pipeline.model.name} is ready. Try: {curl}{page}", flush=True)

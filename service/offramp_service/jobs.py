@@ -84,12 +84,14 @@ class Controls:
     # How deep calibration has such texts go at the effective speed-up; None where there is none, or
     # nothing to expect: raw thresholds, and a speed-up of 1.
     expected: Depth | None = None
+    all_signals: bool = False  # keep those of all exits, not only where the text leaves
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What became of one text. `label` is the most probable one and `probs` are by softmax, or by
-    sigmoid of a multi-label model; `signal` is the scalar its exit policy compared."""
+    sigmoid of a multi-label model; `signal` is the scalar its exit policy compared, and `signals`
+    holds it for each exit that the text has passed, with the layer, if its controls ask so."""
 
     label: int
     logits: list[float]
@@ -97,6 +99,7 @@ class Answer:
     exit_layer: int
     signal: float
     reason: ExitReason
+    signals: Sequence[tuple[int, float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

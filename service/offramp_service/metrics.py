@@ -13,13 +13,17 @@ from bisect import bisect_right
 from collections import Counter as Tally
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from offramp_service.errors import Reason
 from offramp_service.jobs import DispatchReason, ExitReason
 from offramp_service.slo import Direction
+
+Passed = Literal["unchanged", "shrunk", "ended"]
+"""What an exit did to a batch: nobody left, some did and the rest ran on, or the last ones did."""
 
 CODES = (200, 400, 401, 404, 413, 422, 424, 429, 499, 500, 503, 504)
 SECONDS = (
@@ -29,6 +33,8 @@ SECONDS = (
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 SPEEDUPS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0)
+
+_TASKS = Path("/proc/self/task")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,9 @@ class Families:
     ) -> None:
         self.registry, self.most_layers, self.routes = registry, most_layers, routes
         self.outcomes: dict[tuple[str, str], Outcomes] = {}
+        self.exit_counts: dict[tuple[str, str], list[int]] = {}
         self._made: dict[str, Counter | Gauge | Histogram] = {}
+        _describe_process(registry)
 
     def get(
         self, kind: type[Kind], name: str, text: str, labels: Sequence[str], **how: Any
@@ -105,6 +113,9 @@ class Metrics:
         self._families, self.registry = families, families.registry
         self._num_layers = num_layers
         self._outcomes = families.outcomes.setdefault((model_name, model_version), Outcomes())
+        self._exit_counts = families.exit_counts.setdefault(
+            (model_name, model_version), [0] * families.most_layers
+        )
         self._model = {"model_name": model_name, "model_version": model_version}
         self._make_request_metrics(families.routes)
         self._make_exit_metrics()
@@ -169,6 +180,15 @@ class Metrics:
             "Layer after which a text left",
             tuple(range(1, self._families.most_layers + 1)),
         )
+        passed = self._counter(
+            "batch_exits_total",
+            "Exits that batches came to: nobody left (unchanged), some did and the others ran on "
+            "without them (shrunk), or the last ones did (ended)",
+            "outcome",
+        )
+        self._passed = {
+            outcome: self._child(passed, outcome=outcome) for outcome in get_args(Passed)
+        }
         survivors = self._histogram_family(
             "layer_batch_size", "Texts of a batch that ran a layer", SIZES, "layer"
         )
@@ -234,6 +254,7 @@ class Metrics:
         self._inflight = self._gauge("inflight_requests", "Requests being answered")
         self._default_speedup = self._gauge("default_speedup", "For requests that name none")
         self._ready = self._gauge("ready", "1 while /readyz says yes")
+        self._alive = self._gauge("alive", "1 while the engine runs and is not stuck, as in /livez")
         self._watched_texts = self._gauge(
             "drift_texts", "Last texts that asked for a speed-up; what drift is computed from"
         )
@@ -309,17 +330,21 @@ class Metrics:
         """Texts that left together after a layer: why, and seconds since their batch was formed."""
         for reason, count in Tally(reason for reason, _ in exits).items():
             self._exits[layer, reason].inc(count)
+        self._exit_counts[layer - 1] += len(exits)
         self._samples.inc(len(exits))
         self._saved.inc(len(exits) * (self._num_layers - layer))
         for _, inference_s in exits:
             self._exit_layer.observe(layer)
             self._inference_s.observe(inference_s)
 
-    def layers_ran(self, layers: range, texts: int) -> None:
-        """So many texts of one batch ran these layers, whatever becomes of their answers."""
+    def layers_ran(self, layers: range, texts: int, leaving: int) -> None:
+        """So many texts of one batch ran these layers to an exit, where so many of them left,
+        whatever becomes of their answers."""
         for layer in layers:
             self._runs[layer - 1].inc(texts)
             self._survivors[layer - 1].observe(texts)
+        outcome: Passed = "ended" if leaving == texts else "shrunk" if leaving else "unchanged"
+        self._passed[outcome].inc()
 
     def engine_worked(self, seconds: float) -> None:
         self._busy_s.inc(seconds)
@@ -340,6 +365,11 @@ class Metrics:
 
     def floor_moved(self, direction: Direction) -> None:
         self._adjustments[direction].inc()
+
+    @property
+    def exit_counts(self) -> list[int]:
+        """Texts that have left after each layer, for whoever looks too often for a scrape."""
+        return self._exit_counts[: self._num_layers]
 
     # -- Triton's statistics -----------------------------------------------------------------
 
@@ -392,8 +422,15 @@ class Metrics:
         self._speedup_drift.set_function(quality.speedup_drift)
         self._correction.set_function(quality.correction)
 
-    def watch_service(self, *, ready: Callable[[], float], inflight: Callable[[], float]) -> None:
+    def watch_service(
+        self,
+        *,
+        ready: Callable[[], float],
+        alive: Callable[[], float],
+        inflight: Callable[[], float],
+    ) -> None:
         self._ready.set_function(ready)
+        self._alive.set_function(alive)
         self._inflight.set_function(inflight)
 
     def default_speedup_set(self, speedup: float) -> None:
@@ -434,6 +471,15 @@ class Metrics:
 
     def _seconds(self, name: str, text: str) -> Any:
         return self._histogram(name, text, SECONDS)
+
+
+def _describe_process(registry: CollectorRegistry) -> None:
+    """Processor time, memory, open files and threads, under the names that all exporters use; where
+    the operating system does not tell, there are none."""
+    ProcessCollector(registry=registry)
+    if _TASKS.is_dir():
+        threads = Gauge("process_threads", "Threads, the libraries' own too", registry=registry)
+        threads.set_function(lambda: sum(1 for _ in _TASKS.iterdir()))
 
 
 def _count(count: float, seconds: float) -> dict[str, int]:

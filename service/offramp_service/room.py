@@ -109,6 +109,7 @@ class Room:
         self.pipeline.slo.show(before.pipeline.slo if before is not None else None)
         self._metrics.watch_service(
             ready=lambda: self._lifecycle.ready and self.ready,
+            alive=lambda: self.alive,
             inflight=lambda: self._lifecycle.inflight,
         )
         exits, correction = self._exits, self._correction

@@ -40,6 +40,7 @@ SloMode = Literal["off", "observe", "enforce"]
 
 _ENDPOINT = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 _NAME = re.compile(r"[\w.-]{1,100}")
+_ROOT_PATH = re.compile(r"(/[\w.~-]+)+", re.ASCII)
 _ORIGIN = re.compile(r"https?://[a-z0-9.:\[\]-]+")
 
 
@@ -74,9 +75,18 @@ def _check_endpoint(url: str) -> str:
     return url
 
 
+def _check_root_path(path: str) -> str:
+    if path and not _ROOT_PATH.fullmatch(path):
+        raise ValueError(
+            f"{path!r}: allowed is a path like /models/intents, without a / at its end"
+        )
+    return path
+
+
 Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
 Key = Annotated[SecretStr, AfterValidator(_check_key)]
 Origin = Annotated[str, AfterValidator(_check_origin)]
+RootPath = Annotated[str, AfterValidator(_check_root_path)]
 
 
 class Settings(BaseSettings):
@@ -135,6 +145,21 @@ class Settings(BaseSettings):
         "127.0.0.1"
     )
     port: Annotated[int, Field(ge=0, le=65535, description="0 picks a free one")] = 3000
+    root_path: Annotated[
+        RootPath,
+        Field(
+            description="where a proxy in front has put the service, such as /models/intents; "
+            "requests may come with it or without"
+        ),
+    ] = ""
+    prometheus_port: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=65535,
+            description="serve /metrics here too, where no key is asked for; 0: at --port alone",
+        ),
+    ] = 0
     payload_limit: Annotated[PositiveInt, Field(description="bytes of a request body")] = 2_000_000
     api_key: Annotated[
         Key | None,
@@ -170,6 +195,10 @@ class Settings(BaseSettings):
             "default: none"
         ),
     ] = ()
+
+    ui: Annotated[
+        bool, Field(description="a page for people at /ui; it is open, what it asks needs a key")
+    ] = True
 
     # limits
     max_batch_tokens: Annotated[
@@ -368,6 +397,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_speedup {self.max_speedup} is below min_speedup {self.min_speedup}"
             )
+        if self.prometheus_port and self.prometheus_port == self.port:
+            raise ValueError(f"prometheus_port {self.prometheus_port} is port; allowed is another")
         if self.dry_run and self.preload_only:
             raise ValueError("dry_run computes nothing, preload_only does; allowed is one of them")
         return self

@@ -81,6 +81,8 @@ def surround(app: FastAPI, models: Served, keys: Keys, tracer: "Tracer | None") 
     app.add_middleware(_Farewell, lifecycle=models.lifecycle)
     if listeners := _listeners(settings, tracer):
         app.add_middleware(Witness, listeners=listeners)
+    if settings.root_path:
+        app.add_middleware(_Under, root_path=settings.root_path)
 
 
 class _Farewell:
@@ -99,6 +101,23 @@ class _Farewell:
             await send(message)
 
         await self._app(scope, receive, send_on)
+
+
+class _Under:
+    """A path that a proxy has put in front of ours, whether it takes it away again or not.
+
+    The server's own setting is for proxies that do.
+    """
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app, self._root_path = app, root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            root, path = self._root_path, scope["path"]
+            full = path if path.startswith(f"{root}/") else root + path
+            scope = {**scope, "root_path": root, "path": full}
+        await self._app(scope, receive, send)
 
 
 def open_keys(settings: Settings) -> Keys:

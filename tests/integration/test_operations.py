@@ -4,6 +4,7 @@ logs, and an engine that crashes."""
 import asyncio
 import json
 import logging
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -339,3 +340,24 @@ async def test_a_crash_among_second_runs_costs_nobody_an_answer(running: Any) ->
     assert sample(values, "engine_rebuilds_total") == 1
     assert sample(values, "shadow_dropped_total") == 2
     assert sample(values, "request_failures_total") == 0
+
+
+async def test_metrics_at_a_port_of_their_own(running: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/metrics"
+    async with running(prometheus_port=port, api_key="k") as client, httpx.AsyncClient() as scraper:
+        there = (await scraper.get(url)).text
+        assert 'offramp_ready{model_name="tiny",model_version="1"} 1.0' in there
+        key = {"authorization": "Bearer k"}
+        here = (await client.get("/metrics", headers=key)).text
+        assert names(there) == names(here)
+    async with httpx.AsyncClient() as scraper:
+        with pytest.raises(httpx.ConnectError):
+            await scraper.get(url)
+
+
+def names(exposition: str) -> set[str]:
+    """Of the series, values left out."""
+    lines = exposition.splitlines()
+    return {line.rsplit(" ", 1)[0] for line in lines if not line.startswith("#")}

@@ -200,6 +200,22 @@ async def test_details_and_headers(client: httpx.AsyncClient) -> None:
         assert headers[f"x-{name}-time"].isdecimal()
 
 
+async def test_who_asks_sees_the_signal_at_every_exit(client: httpx.AsyncClient) -> None:
+    texts = [f"w{number} w{number + 1}" for number in range(12)]
+    asked = {"input": texts, "speedup": 2.0}
+    plain = (await post(client, **asked, return_details=True)).json()["data"]
+    items = (await post(client, **asked, return_signals=True)).json()["data"]
+    assert len({item["details"]["exit_layer"] for item in items}) > 1
+    for item, usual in zip(items, plain, strict=True):
+        details, signals = item["details"], item["details"].pop("signals")
+        assert details.keys() == usual["details"].keys()
+        layers = [one["exit_layer"] for one in signals]
+        assert layers == [*range(1, usual["details"]["exit_layer"] + 1)]
+        values = [one["exit_signal"] for one in signals]
+        assert values[-1] == details["exit_signal"]
+        assert all(value <= details["threshold"] for value in values[:-1])
+
+
 async def test_one_text_names_its_layer_and_never_early_is_null(
     client: httpx.AsyncClient,
 ) -> None:
@@ -746,6 +762,7 @@ async def test_an_engine_that_dies_is_seen_by_everybody(
         raise SystemExit
 
     async with running() as client:
+        assert sample(await series(client), "alive") == 1
         monkeypatch.setattr(Engine, "__call__", fatal)
         responses = [await post(client, input="w1") for _ in range(3)]
         # The first is built anew; the second is the last.
@@ -754,9 +771,10 @@ async def test_an_engine_that_dies_is_seen_by_everybody(
         async with asyncio.timeout(10):
             while (await client.get("/livez")).status_code == 200:  # noqa: ASYNC110 - see `until`
                 await asyncio.sleep(0.001)
-        # One truth for the probe and for the gauge.
+        # One truth for the probes and for the gauges.
         assert (await client.get("/readyz")).status_code == 503
-        assert sample(await series(client), "ready") == 0
+        values = await series(client)
+        assert sample(values, "ready") == sample(values, "alive") == 0
     assert "the engine thread died" in caplog.text
 
 

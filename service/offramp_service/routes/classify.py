@@ -7,6 +7,7 @@ for (by `truncate_prompt_tokens` or the server's `--auto-truncate`).
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -92,6 +93,8 @@ class _Classify:
         call = self._call
         check_top_k(asked.top_k)
         controls = self._pipeline.controls.resolve(asked, request.headers)
+        if asked.return_signals:
+            controls = replace(controls, all_signals=True)
         place = Place("input", _is_list(asked))
         count = len(asked.input) if place.is_list else 1
         encode = partial(self._encode, asked, place)
@@ -162,7 +165,7 @@ class _Classify:
             item = Item(index, labels[timed.answer.label], values, len(labels))
             if asked.top_k is not None:
                 item.top = best(labels, values, asked.top_k)
-            if asked.return_details:
+            if asked.return_details or asked.return_signals:
                 item.details = outcome.details(index)
             items.append(item)
         return items

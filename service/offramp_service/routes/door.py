@@ -26,7 +26,7 @@ from offramp_service.errors import ClientGone, DeadlineExceeded, InvalidInput, S
 from offramp_service.jobs import Controls, TimedAnswer
 from offramp_service.lifecycle import Lifecycle
 from offramp_service.pipeline import Counts, Pipeline, Place
-from offramp_service.schemas.shared import Details, Timings
+from offramp_service.schemas.shared import Details, ExitSignal, Timings
 from offramp_service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -196,13 +196,16 @@ class Outcome:
     def details(self, index: int) -> Details:
         """How a text left."""
         timed = self.answers[index]
-        return Details(
+        details = Details(
             exit_layer=timed.answer.exit_layer,
             num_layers=self.num_layers,
             exit_signal=_finite(timed.answer.signal),
             threshold=_finite(self.controls[index].threshold),
             timings_ms=self._timings(timed),
         )
+        if (signals := timed.answer.signals) is not None:
+            details.signals = [ExitSignal(layer, _finite(signal)) for layer, signal in signals]
+        return details
 
     def _timings(self, timed: TimedAnswer) -> Timings:
         total = self.tokenization_s + timed.queue_s + timed.inference_s

@@ -8,7 +8,7 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import PlainTextResponse, Response
 
@@ -26,9 +26,14 @@ def router(models: Models) -> APIRouter:
     routes = APIRouter(tags=["info"])
     started = int(time.time())
 
-    async def get_info() -> Response:
+    async def get_info(request: Request) -> Response:
+        """Of the default model, or of the one that is named."""
         models.look()
-        content = describe(models.default)
+        content = describe(pipeline := models.of(request.query_params.get("model")))
+        if (table := pipeline.model.table) is not None:
+            # All of it, for whoever draws it: a request gets the first point that is fast enough.
+            curve = [[point.speedup, point.accuracy] for point in table.points]
+            content["calibration"]["curve"] = curve
         if len(others := [one.model.name for one in models]) > 1:
             content["models"] = others
         return Response(encode_json(content), media_type="application/json")
@@ -42,7 +47,16 @@ def router(models: Models) -> APIRouter:
         text = await asyncio.to_thread(generate_latest, models.families.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
-    routes.add_api_route("/info", get_info, methods=["GET"], response_model=None)
+    routes.add_api_route(
+        "/info",
+        get_info,
+        methods=["GET"],
+        response_model=None,
+        responses={404: {"description": "Unknown model"}},
+        openapi_extra={
+            "parameters": [{"name": "model", "in": "query", "schema": {"type": "string"}}]
+        },
+    )
     routes.add_api_route("/v1/models", get_models, methods=["GET"], response_model=None)
     routes.add_api_route(
         "/metrics",

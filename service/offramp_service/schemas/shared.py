@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 Activation = Literal["softmax", "sigmoid", "none"]
 """What makes scores of logits."""
@@ -43,14 +43,23 @@ class Timings(Struct):
     total: float
 
 
+class ExitSignal(Struct):
+    """What the exit policy compared after a layer; null where that was no number."""
+
+    exit_layer: int
+    exit_signal: float | None
+
+
 class Details(Struct):
-    """How a text left. `threshold` is null where it could not leave early."""
+    """How a text left. `threshold` is null where it could not leave early; `signals` is there if
+    `return_signals` was, and ends where the text left."""
 
     exit_layer: int
     num_layers: int
     exit_signal: float | None
     threshold: float | None
     timings_ms: Timings
+    signals: list[ExitSignal] | UnsetType = UNSET
 
 
 class Scored(Struct):

@@ -27,6 +27,10 @@ class ClassifyRequest(Asked, forbid_unknown_fields=True, kw_only=True):
         str | list[str] | None, Meta(description="second text of each pair, aligned with input")
     ] = None
     model: str | None = None
+    return_signals: Annotated[
+        bool,
+        Meta(description="details of each text, with the signal at every exit that it passed"),
+    ] = False
     # vLLM's extras
     use_activation: Annotated[
         bool | None, Meta(description="false: logits instead of probabilities")

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offramp_model.calibrating import curve, layer_accuracies, macro_f1, oracle, trace
+from offramp_model.calibrating import (
+    curve,
+    layer_accuracies,
+    macro_f1,
+    oracle,
+    spread_thresholds,
+    trace,
+)
 from offramp_model.calibration import CalibrationTable, CurvePoint, reachable_speedups
 from offramp_model.policies import POLICIES, make_policy, never
 from offramp_model.recorded import RecordedExits
@@ -81,6 +88,22 @@ def test_a_last_bit_does_not_change_an_exit(name: str, seed: int) -> None:
             stood_off += 1
             assert seen.outcome(point.threshold)[0].equal(shaken.outcome(point.threshold)[0])
     assert stood_off > 5
+
+
+def test_neighbouring_signals_do_not_keep_a_threshold_from_standing_off() -> None:
+    """Two signals without a float between them: the way beyond the second is halved."""
+    first = torch.tensor(0.75)
+    signals = torch.stack([first, torch.nextafter(first, torch.tensor(0.0)), torch.tensor(0.5)])
+    seen = dataclasses.replace(
+        trace(recorded(), make_policy("confidence")),
+        signal=torch.stack([signals, torch.full((3,), 0.9)]).double(),
+        can_leave=torch.ones(2, 3, dtype=torch.bool),
+        exit_layers=(1, 2),
+    )
+    assert spread_thresholds(seen, 50) == [
+        pytest.approx(0.625),
+        pytest.approx(0.5),
+    ]
 
 
 def test_fixed_layer_has_one_point_an_exit() -> None:

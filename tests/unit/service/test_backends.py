@@ -113,12 +113,14 @@ async def test_graphs_answer_as_torch_does(plain: Path, graphs: Path) -> None:
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tiny") as client,
     ):
         info = (await client.get("/info")).json()
-        body = {"input": texts, "speedup": 1.5, "return_details": True}
+        body = {"input": texts, "speedup": 1.5, "return_signals": True}
         answers = (await client.post("/classify", json=body)).json()["data"]
         full = (await client.post("/classify", json={"input": texts})).json()["data"]
     assert (info["backend"], info["model_dtype"]) == ("onnx", "float32")
     assert info["calibration"]["backend"] == "onnx"
     assert {item["details"]["exit_layer"] for item in answers} - {support.LAYERS}
+    for item in answers:
+        assert len(item["details"]["signals"]) == item["details"]["exit_layer"]
     checkpoint = load_checkpoint(plain)
     recorded = record_exits(checkpoint.stack(), checkpoint.tokenizer().encode(texts))
     expected = [support.LABELS[label] for label in recorded.logits[-1].argmax(-1).tolist()]

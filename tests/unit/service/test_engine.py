@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from loading import load
+from offramp_model.layer_loop import layer_loop, start_rows
+from offramp_model.noted import NotedPolicy
 from offramp_model.policies import HeadOutput, make_policy
-from offramp_model.rows import PackedTokens, TokenBatch
+from offramp_model.rows import Encoding, PackedTokens, RowSettings, TokenBatch
 from offramp_service.engine import Engine
 from offramp_service.jobs import Controls, Depth, Job
 
@@ -47,10 +49,10 @@ def text(
     min_layer: int = 1,
     max_layer: int = 4,
     abandoned: bool = False,
+    all_signals: bool = False,
 ) -> Job:
-    job = Job(
-        [token] * length, [0] * length, Controls(threshold, min_layer, max_layer, Depth.full(4))
-    )
+    controls = Controls(threshold, min_layer, max_layer, Depth.full(4), all_signals=all_signals)
+    job = Job([token] * length, [0] * length, controls)
     job.waiter = Client(abandoned)
     return job
 
@@ -153,6 +155,38 @@ def test_who_gave_up_before_joining_is_dropped_after_it(engine: Engine) -> None:
     assert [sorted(dict(left.answers)) for left in first] == [[], [2], [0]]
 
 
+def test_who_asks_gets_the_signals_of_all_exits(engine: Engine) -> None:
+    jobs = [text(3, 5, all_signals=True), text(1, 2), text(1, all_signals=True), text(9)]
+    answers = run(engine, jobs)
+    sure, unsure = answers[2].signal, answers[0].signals[0][1]
+    assert sure > 0.9 > unsure
+    assert answers[0].signals == [(1, unsure), (2, unsure), (3, sure)]
+    assert answers[2].signals == [(1, sure)]
+    assert answers[1].signals is None
+
+
+def test_batches_that_join_keep_their_signals(engine: Engine) -> None:
+    first, second = engine([text(4)]), engine([text(1), text(3, all_signals=True)])
+    next(first)
+    next(second)
+    first.take_in(second)
+    answers = {index: answer for left in first for index, answer in left.answers}
+    assert answers[0].signals is None
+    assert [layer for layer, _ in answers[2].signals] == [1, 2, 3]
+    assert answers[2].signals[-1] == (3, answers[2].signal)
+
+
+def test_whose_answer_is_latched_has_seen_all_signals() -> None:
+    """Compaction never, so that a row which has left is still carried."""
+    stack, policy = ScriptedStack(), NotedPolicy(make_policy("confidence"), [0, 1])
+    batch = TokenBatch.pack([Encoding([1], [0]), Encoding([3], [0])])
+    rows = start_rows(stack, batch, policy, RowSettings.uniform(2, 0.9, max_layer=4))
+    left = list(layer_loop(stack, rows, policy, compact=lambda *_: False))
+    assert [one.row.tolist() for one in left] == [[0], [], [1]]
+    assert [layer for layer, _ in policy.signals[0]] == [1]
+    assert [layer for layer, _ in policy.signals[1]] == [1, 2, 3]
+
+
 def test_a_text_that_does_not_come_out_is_noticed(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +216,12 @@ def test_whole_batches_on_the_device_answer_as_the_loop_does() -> None:
                 *(expected[index].exit_layer, expected[index].label, expected[index].reason),
             )
             assert answer.logits == pytest.approx(expected[index].logits, abs=1e-4)
+    asking = [text(5, 3, threshold=0.02, all_signals=True), text(6, 9, threshold=0.9)]
+    expected, found = run(looped, asking), run(laned, asking)
+    assert found[1].signals is None
+    # Through the loop as well, so nothing is left to tolerance.
+    assert found[0].signals == expected[0].signals
+    assert [layer for layer, _ in found[0].signals] == [*range(1, found[0].exit_layer + 1)]
     with pytest.raises(RuntimeError, match="cannot be joined"):
         laned(batches[0]).take_in(laned(batches[1]))
     batches[0][1].waiter = Client(abandoned=True)

@@ -3,6 +3,8 @@
 import asyncio
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 from prometheus_client import generate_latest
@@ -25,7 +27,7 @@ def test_every_series_exists_before_the_first_request(metrics: Metrics, read) ->
     metrics.shadows_dropped(1)
     metrics.batch_formed("tokens", 12, [0.1, 0.2])
     metrics.texts_left(2, [("criterion", 0.01), ("forced", 0.01), ("criterion", 0.01)])
-    metrics.layers_ran(range(1, 3), 3)
+    metrics.layers_ran(range(1, 3), 3, 3)
     metrics.engine_worked(0.01)
     metrics.speedup_given(1.9, 3, 6)
     metrics.request_done("/classify", 200, 0.1)
@@ -40,8 +42,13 @@ def test_the_arithmetic_of_layers(metrics: Metrics, read) -> None:
     metrics.texts_left(3, [("criterion", 0.01), ("forced", 0.01)])
     metrics.texts_left(4, [("final", 0.01)])
     # Exits after layers 1, 3 and 4; a fifth text was given up after the first.
-    for layers, texts in ((range(1, 2), 5), (range(2, 4), 3), (range(4, 5), 1)):
-        metrics.layers_ran(layers, texts)
+    for layers, texts, leaving in (
+        (range(1, 2), 5, 1),
+        (range(2, 3), 3, 0),
+        (range(3, 4), 3, 2),
+        (range(4, 5), 1, 1),
+    ):
+        metrics.layers_ran(layers, texts, leaving)
     assert [read("layer_executions_total", layer=str(layer)) for layer in (1, 2, 3, 4)] == [
         *(5, 3, 3, 1)
     ]
@@ -50,6 +57,9 @@ def test_the_arithmetic_of_layers(metrics: Metrics, read) -> None:
     assert read("exits_total", layer="3", reason="forced") == 1
     assert read("exit_layer_bucket", le="3.0") == 3
     assert read("layer_batch_size_sum", layer="2") == 3
+    assert [
+        read("batch_exits_total", outcome=outcome) for outcome in ("unchanged", "shrunk", "ended")
+    ] == [1, 2, 1]
 
 
 def test_achieved_speedups_are_ratios_of_sums(metrics: Metrics, read) -> None:
@@ -106,3 +116,23 @@ def test_the_service_never_imports_what_it_must_not() -> None:
         "assert not {'transformers', 'offramp_training', 'pandas'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=50)
+
+
+def test_the_process_is_described(metrics: Metrics) -> None:
+    """Where the operating system tells: under the names that every exporter uses."""
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("needs /proc")
+    value = metrics.registry.get_sample_value
+    assert (value("process_resident_memory_bytes") or 0) > 1e6
+    assert (value("process_cpu_seconds_total") or 0) > 0
+    assert value("process_open_fds")
+    release = threading.Event()
+    threads = value("process_threads") or 0
+    assert threads >= 1
+    another = threading.Thread(target=release.wait)
+    another.start()
+    try:
+        assert value("process_threads") == threads + 1
+    finally:
+        release.set()
+        another.join()

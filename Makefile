@@ -36,11 +36,18 @@ serve: $(INSTALLED) $(QUICKSTART)/offramp.json ## answer HTTP requests on port 3
 test: $(INSTALLED) ## the whole test suite on CPU, slow tests left out
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist worksteal
 
-test-slow: $(INSTALLED) ## the tests that take minutes: the quickstart as a newcomer types it
-	$(BIN)/python -m pytest -m slow
+test-slow: $(INSTALLED) ## the tests that take minutes: the quickstart as a newcomer types it (containers: make e2e)
+	$(BIN)/python -m pytest -m "slow and not docker"
 
 test-gpu: $(INSTALLED) ## kernels and engine on a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+install-e2e: ## what `make e2e` needs beside the environment: Docker engine, compose, Prometheus (Debian, root)
+	sh scripts/install-e2e.sh
+
+# E2E_JSON=docs/results/containers.json keeps the figures.
+e2e: $(INSTALLED) install-e2e ## build the images, run the compose stack, and break it in several ways
+	$(BIN)/python -m pytest -s -n 0 tests/e2e/test_containers.py
 
 test-kserve: $(INSTALLED) $(QUICKSTART)/offramp.json ## KServe's own client, in an environment of its own, against the quickstart server
 	test -x $(VENV)-kserve/bin/python || $(PYTHON) -m venv $(VENV)-kserve

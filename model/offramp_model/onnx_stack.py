@@ -30,6 +30,11 @@ from offramp_model.policies import HeadOutput
 from offramp_model.rows import PackedTokens, Run, TokenBatch
 from offramp_model.run_slots import MAX_RUNS, plan_runs
 
+# Published builds of onnxruntime (1.32) report to their maker over the network, unless this is set
+# before they are loaded. Nothing here reports to anybody; and where the network is closed, a last
+# attempt of theirs holds up the end of the process for seconds.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 log = logging.getLogger(__name__)
 
 Graph = Path | bytes

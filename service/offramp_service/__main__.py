@@ -37,7 +37,7 @@ from offramp_model.memory import keep_freed_memory
 from offramp_service import plan_command
 from offramp_service.api_keys import KeyFileError
 from offramp_service.app import create_app
-from offramp_service.bounded_http import KEEP_ALIVE_S, http_options
+from offramp_service.bounded_http import KEEP_ALIVE_S, http_options, stop_listening
 from offramp_service.config_file import ConfigFileError
 from offramp_service.fronts.process import serve_behind_fronts
 from offramp_service.garbage import leave_alone_what_stays
@@ -181,6 +181,7 @@ class Server(uvicorn.Server):
         await self._models.lifecycle.drain(
             serve_on_s=serve_on_s, finish_s=settings.shutdown_timeout
         )
+        await stop_listening(self)
         self._models.let_go()
         self.should_exit = True
 

@@ -5,13 +5,21 @@ in memory as it comes. Here the connection gets 431 and is closed instead. It kn
 headers, and nothing of what the application does with them.
 """
 
+import asyncio
+import os
+import socket
 from http import HTTPStatus
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 # For connections whose last answer is still being written when the drain is over.
 _GOODBYE_S = 2
+# For connections that wait in the listener's queue to be taken.
+_LAST_CONNECTIONS_S = 0.1
+# Between the last connection that is taken and the end: what it asks may still be on its way.
+_LAST_WORDS_S = 0.5
 KEEP_ALIVE_S = 75
 """Longer than balancers keep an idle connection (60 s is common): whoever closes first must be the
 one who also sends, or requests meet a closed connection."""
@@ -86,3 +94,20 @@ def http_options() -> dict[str, Any]:
         "timeout_keep_alive": KEEP_ALIVE_S,
         "timeout_graceful_shutdown": _GOODBYE_S,
     }
+
+
+async def stop_listening(server: uvicorn.Server) -> None:
+    """Take no new connection, and let those who have one ask and be answered, if only with 503.
+
+    Closing a listener resets connections that wait in its queue, and uvicorn closes, with the
+    listener, those on which nothing has come yet. So first the queue gets no longer, then what is
+    in it is taken, and only then is it closed.
+    """
+    for listener in server.servers:
+        for one in listener.sockets:
+            with socket.socket(fileno=os.dup(one.fileno())) as queue:
+                queue.listen(0)
+    await asyncio.sleep(_LAST_CONNECTIONS_S)
+    for listener in server.servers:
+        listener.close()
+    await asyncio.sleep(_LAST_WORDS_S)

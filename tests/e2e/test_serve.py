@@ -188,6 +188,30 @@ def test_sigterm_drains(start: Start) -> None:
         socket.create_connection(("127.0.0.1", server.port), timeout=5)
 
 
+def test_the_last_that_connected_are_answered(start: Start) -> None:
+    """Those whose request is still on its way when the listener closes."""
+    server = start("--drain-seconds", "0")
+    address = ("127.0.0.1", server.port)
+
+    def nobody_listens() -> bool:
+        try:
+            socket.create_connection(address, timeout=5).close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    with socket.create_connection(address, timeout=5) as connection:
+        server.process.send_signal(signal.SIGTERM)
+        until(nobody_listens)
+        time.sleep(0.2)
+        body = b'{"input": "w1"}'
+        connection.sendall(
+            b"POST /classify HTTP/1.1\r\nhost: x\r\ncontent-length: 15\r\n\r\n" + body
+        )
+        assert connection.recv(65536).startswith(b"HTTP/1.1 503 ")
+    assert server.wait() == 0
+
+
 def test_what_takes_longer_than_the_shutdown_timeout_is_told(start: Start) -> None:
     server = start("--drain-seconds", "0", "--shutdown-timeout", "0.3", batch_takes_s=30)
     answers: list[int] = []

@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from offramp_model.memory import keep_freed_memory
 from offramp_service.background import in_daemon_thread
-from offramp_service.bounded_http import http_options
+from offramp_service.bounded_http import http_options, stop_listening
 from offramp_service.choice import choose
 from offramp_service.fronts.link import (
     Answered,
@@ -323,6 +323,7 @@ async def _run(settings: Settings, listener: socket.socket, end: socket.socket) 
         os._exit(1)
     finishing = asyncio.create_task(front.finish())
     await asyncio.wait((finishing, lost), return_when=FIRST_COMPLETED)
+    await stop_listening(server)
     server.should_exit = True
     await serving
     front.close()

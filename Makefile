@@ -42,7 +42,7 @@ test-slow: $(INSTALLED) ## the tests that take minutes: the quickstart as a newc
 test-gpu: $(INSTALLED) ## kernels and engine on a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
-install-e2e: ## what `make e2e` needs beside the environment: Docker engine, compose, Prometheus (Debian, root)
+install-e2e: ## what `make e2e` and the slow tests need beside the environment (Debian, root)
 	sh scripts/install-e2e.sh
 
 # E2E_JSON=docs/results/containers.json keeps the figures.
@@ -79,7 +79,7 @@ imports: $(INSTALLED) ## the dependency rule
 	$(BIN)/lint-imports
 
 spelling: $(INSTALLED) ## codespell
-	$(BIN)/codespell $(PACKAGES) tests scripts docs *.md
+	$(BIN)/codespell $(PACKAGES) deploy tests scripts docs *.md
 
 format: $(INSTALLED) ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .

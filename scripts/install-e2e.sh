@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs what `make e2e` needs beside the virtual environment: a Docker engine, the compose plugin,
-# debootstrap, Prometheus and Alertmanager, from Debian alone. Does what is not done yet; starts nothing.
+# debootstrap, Prometheus and its companions, Chromium, from Debian alone. Does what is not done yet; starts nothing.
 set -eu
 
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/offramp-e2e
@@ -20,7 +20,8 @@ On other systems: a Docker engine with compose, and docker compose up (docs/depl
 [ "$(id -u)" = 0 ] || refuse "needs root, for apt-get and later for a Docker engine of its own"
 
 wanted=
-for package in docker.io iptables debootstrap prometheus prometheus-alertmanager iproute2; do
+for package in docker.io iptables iproute2 debootstrap prometheus prometheus-alertmanager \
+    prometheus-node-exporter chromium; do
     dpkg-query --show --showformat='${Status}' "$package" 2>/dev/null | grep -q ' installed$' ||
         wanted="$wanted $package"
 done

@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from offramp_model.memory import keep_freed_memory
 from offramp_service.background import in_daemon_thread
-from offramp_service.bounded_http import http_options, stop_listening, stop_listening
+from offramp_service.bounded_http import http_options, stop_listening
 from offramp_service.choice import choose
 from offramp_service.fronts.link import (
     Answered,

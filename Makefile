@@ -17,7 +17,7 @@ PACKAGES := model kernels training service loadtest
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow test-gpu test-kserve check lint types imports spelling format \
-        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve soak results-quickstart results-sst2 results-objectives clean
+        quickstart bench-engine bench-cpu bench-kernels bench-gpu bench-scheduler bench-slo bench-serve bench-peers soak results-quickstart results-sst2 results-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -111,6 +111,12 @@ bench-serve: $(INSTALLED) ## the service against its parts: rows per second, lat
 	test -e $(SST2)-int8/offramp.json || \
 	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8
 	$(BIN)/python service/bench/bench_serve.py $(SST2)-int8 --data $(SST2_DATA) --json docs/results/serve.json
+
+bench-peers: $(INSTALLED) ## infinity, PyTriton, mosec and a naive server against this one: same weights, cores, load (an hour)
+	test -e $(SST2)-int8/offramp.json || \
+	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8
+	PYTHON=$(PYTHON) $(BIN)/python loadtest/peers/bench_peers.py $(SST2) --int8 $(SST2)-int8 --data $(SST2_DATA) \
+	  --json docs/results/peers.json
 
 soak: $(INSTALLED) $(QUICKSTART)/offramp.json ## five minutes of everything at once against the quickstart server
 	$(BIN)/python service/bench/soak.py $(QUICKSTART) --texts training/data/snips/test.jsonl.gz --json docs/results/soak.json

@@ -82,7 +82,7 @@ class RunningServer:
                 reply = asyncio.run(ask_once(self.address, request))
                 if reply is not None and reply.status == 200:
                     return
-            time.sleep(0.25)
+            time.sleep(0.1)
         raise RuntimeError(f"no answer in {START_S:g} s\n{self._last_words()}")
 
     def cpu_s(self) -> float:

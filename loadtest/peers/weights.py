@@ -57,7 +57,9 @@ def write_final_head(checkpoint: Checkpoint, output: Path) -> None:
         "AutoModelForSequenceClassification"
     )
     model = MeanPooledBertForSequenceClassification(config)
-    model.bert.load_state_dict(load_file(checkpoint.directory / BACKBONE), strict=True)
+    backbone = load_file(checkpoint.directory / BACKBONE)  # may bring a pooler that nobody asks
+    wanted = {name: one for name, one in backbone.items() if not name.startswith("pooler.")}
+    model.bert.load_state_dict(wanted, strict=True)
     heads, last = checkpoint.heads().state_dict(), checkpoint.model.num_exits - 1
     model.classifier.load_state_dict(
         {name: heads[f"classifiers.{last}.{name}"] for name in ("weight", "bias")}

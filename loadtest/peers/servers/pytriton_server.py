@@ -1,6 +1,8 @@
 """Triton Inference Server, run by PyTriton, around the classifier."""
 
 import logging
+import os
+import sysconfig
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,10 @@ def make_infer(given: Any) -> Any:
 def main() -> None:
     given = options()
     logging.basicConfig(level=logging.WARNING)
+    # Triton's Python stub takes the system's libpython, and the interpreter's own library with it:
+    # both must be of one version.
+    libraries = [str(sysconfig.get_config_var("LIBDIR")), os.environ.get("LD_LIBRARY_PATH", "")]
+    os.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
     config = TritonConfig(
         http_address="127.0.0.1",
         http_port=given.listen,

@@ -204,7 +204,7 @@ def test_the_servers_written_here_understand_their_flags(monkeypatch: pytest.Mon
                 if name != "graph":
                     assert getattr(options, name) == value
             checked += 1
-    assert checked > 30
+    assert checked > 20
 
 
 def test_offramp_understands_its_flags() -> None:
@@ -294,10 +294,10 @@ def test_a_server_that_ends_is_not_waited_for(start: Callable[[str], Any]) -> No
 # -- what is done, and going on ------------------------------------------------------------------
 
 
-def test_the_best_of_those_that_were_tried_twice_is_chosen() -> None:
+def test_the_best_when_tried_again_is_chosen() -> None:
     tried = [
-        {"setting": {"threads": 1}, "rows_per_s": [100.0, 120.0]},
-        {"setting": {"threads": 2}, "rows_per_s": [150.0, 90.0]},
+        {"setting": {"threads": 1}, "rows_per_s": [400.0, 90.0]},
+        {"setting": {"threads": 2}, "rows_per_s": [100.0, 120.0]},
         {"setting": {"threads": 3}, "rows_per_s": [500.0]},
     ]
     assert bench.chosen(tried) == {"threads": 2}
@@ -324,7 +324,10 @@ def test_tuning_tries_all_then_the_best_again_and_goes_on_where_it_was(
     assert tried == [1, 2, 3]
     progress = bench.Progress(path, float("inf"))
     bench.tune(SimpleNamespace(progress=progress), server)
-    assert tried == [1, 2, 3, 4, 5, 5, 4, 3]
+    assert tried == [1, 2, 3, 4, 5]
+    bench.settle(SimpleNamespace(progress=progress), server)
+    bench.settle(SimpleNamespace(progress=progress), server)
+    assert tried == [1, 2, 3, 4, 5, 5, 4]
     assert bench.chosen(progress.done["tuned"]["one"]) == {"threads": 5}
 
 

@@ -2,8 +2,7 @@
 
     install     a virtual environment for each peer
     weights     a plain transformers directory and a whole-model int8 graph of the checkpoint
-    tune        each server in each setting of its grid, shortly
-    settle      the best few of each again; the best of these is kept
+    tune        each server in each setting of its grid, shortly; the best is kept
     check       what each says of all texts, against the labels and the float32 model
     saturate    rounds of 64 clients with one text each, everybody in turn
     arrive      rounds of texts that come when they are due, at 80 % of what the best peer can do
@@ -23,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -38,8 +37,7 @@ from running import RunningServer, free_port
 from offramp_training.data import load_split
 
 WARM_S = 1.0
-TUNE_S = 2.5
-FINALISTS = 2
+TUNE_WARM_S, TUNE_S, TUNE_PASSES = 0.7, 2.0, 2
 
 log = logging.getLogger("peers")
 
@@ -83,8 +81,16 @@ class Bench:
     progress: Progress
 
     @contextmanager
-    def running(self, server: Server, setting: Setting) -> Iterator[RunningServer]:
-        """A server in this setting, answering, for the length of the block."""
+    def running(self, wanted: Sequence[tuple[Server, Setting]]) -> Iterator[list[RunningServer]]:
+        """Servers in these settings, started together, all answering, for the length of the
+        block. Those whose turn it is not have nothing to do."""
+        with ExitStack() as stack:
+            found = [self._start(stack, *one) for one in wanted]
+            for (server, _), one in zip(wanted, found, strict=True):
+                one.wait_until_it_answers(server.adapter.request(one.address, self.texts[0]))
+            yield found
+
+    def _start(self, stack: ExitStack, server: Server, setting: Setting) -> RunningServer:
         port = free_port()
         name = server.name.replace(" ", "-").replace(",", "")
         found = RunningServer(
@@ -92,13 +98,10 @@ class Bench:
             port=port,
             cores=self.cores,
             environment=server.variables(setting, self.places),
-            log=self.places.cache / "logs" / f"{name}.log",
+            log=self.places.cache / "logs" / f"{name}-{port}.log",
         )
-        try:
-            found.wait_until_it_answers(server.adapter.request(found.address, self.texts[0]))
-            yield found
-        finally:
-            found.end()
+        stack.callback(found.end)
+        return found
 
     def requests(self, running: RunningServer, subject: Subject | Server) -> list[bytes]:
         return [subject.adapter.request(running.address, text) for text in self.texts]
@@ -124,57 +127,41 @@ def write_weights(bench: Bench, data: str, split: str) -> None:
 
 
 def tune(bench: Bench, server: Server) -> None:
-    """Every setting once; what was found is kept beside the choice."""
-    tried: list[Figures] = bench.progress.done["tuned"].setdefault(server.name, [])
-    for setting in server.grid:
-        if not any(one["setting"] == setting for one in tried):
-            tried.append({"setting": setting, "rows_per_s": [_try(bench, server, setting)]})
-            bench.progress.save()
-
-
-def settle(bench: Bench, server: Server) -> None:
-    """The best few once more."""
-    tried: list[Figures] = bench.progress.done["tuned"][server.name]
-    best = sorted(tried, key=lambda one: float(one["rows_per_s"][0]), reverse=True)
-    for one in best[:FINALISTS]:
-        if len(one["rows_per_s"]) == 1:
-            one["rows_per_s"].append(_try(bench, server, one["setting"]))
-            bench.progress.save()
-
-
-def _try(bench: Bench, server: Server, setting: Setting) -> float:
-    """Rows a second; 0 for a setting in which it does not start or stops answering."""
-    bench.progress.need(TUNE_S + 20)
-    try:
-        with bench.running(server, setting) as running:
-            requests = bench.requests(running, server)
-            saturated(running, requests, WARM_S)
-            rows_per_s = float(saturated(running, requests, TUNE_S)["rows_per_s"])
-    except (RuntimeError, TimeoutError) as error:
-        log.warning("%s %s: %s", server.name, json.dumps(setting), error)
-        return 0.0
-    log.info("%s %s: %.0f rows/s", server.name, json.dumps(setting), rows_per_s)
-    return rows_per_s
+    """All settings of the server's grid, in turn; what was found is kept beside the choice."""
+    if server.name in bench.progress.done["tuned"]:
+        return
+    bench.progress.need(len(server.grid) * (TUNE_PASSES * (TUNE_WARM_S + TUNE_S) + 4) + 10)
+    tried: list[Figures] = [
+        {"setting": setting, "rows_per_s": [], "others_cpu_s": []} for setting in server.grid
+    ]
+    with bench.running([(server, setting) for setting in server.grid]) as running:
+        for _ in range(TUNE_PASSES):
+            for one, its_server in zip(tried, running, strict=True):
+                requests = bench.requests(its_server, server)
+                saturated(its_server, requests, TUNE_WARM_S)
+                found = saturated(its_server, requests, TUNE_S)
+                one["rows_per_s"].append(found["rows_per_s"])
+                one["others_cpu_s"].append(found["others_cpu_s"])
+    for one in tried:
+        figures = " and ".join(f"{rate:.0f}" for rate in one["rows_per_s"])
+        log.info("%s %s: %s rows/s", server.name, json.dumps(one["setting"]), figures)
+    bench.progress.done["tuned"][server.name] = tried
+    bench.progress.save()
 
 
 def chosen(tried: list[Figures]) -> Setting:
-    """The best when tried again."""
-    again = [one for one in tried if len(one["rows_per_s"]) > 1]
-    setting: Setting = max(again, key=lambda one: float(one["rows_per_s"][1]))["setting"]
+    """By its better pass: what disturbs a server only makes it slower."""
+    setting: Setting = max(tried, key=lambda one: max(one["rows_per_s"]))["setting"]
     return setting
 
 
 @contextmanager
 def all_running(bench: Bench) -> Iterator[dict[str, RunningServer]]:
-    """All servers at once, in their chosen settings; those whose turn it is not have nothing to
-    do."""
-    with ExitStack() as stack:
-        found = {}
-        for server in SERVERS:
-            setting = chosen(bench.progress.done["tuned"][server.name])
-            found[server.name] = stack.enter_context(bench.running(server, setting))
+    """Each server in its chosen setting."""
+    wanted = [(server, chosen(bench.progress.done["tuned"][server.name])) for server in SERVERS]
+    with bench.running(wanted) as running:
         log.info("all servers are up")
-        yield found
+        yield dict(zip((server.name for server in SERVERS), running, strict=True))
 
 
 def check(bench: Bench, running: dict[str, RunningServer]) -> None:
@@ -311,7 +298,7 @@ def _command() -> str:
 
 # -- the command ---------------------------------------------------------------------------------
 
-STEPS = ("install", "weights", "tune", "settle", "check", "saturate", "arrive", "report")
+STEPS = ("install", "weights", "tune", "check", "saturate", "arrive", "report")
 
 
 def run(bench: Bench, arguments: argparse.Namespace) -> None:
@@ -324,10 +311,8 @@ def run(bench: Bench, arguments: argparse.Namespace) -> None:
     for server in SERVERS:
         if "tune" in steps and server.name.startswith(tuple(arguments.only)):
             tune(bench, server)
-    for server in SERVERS:
-        if "settle" in steps and server.name.startswith(tuple(arguments.only)):
-            settle(bench, server)
     if left_to_do(bench, arguments):
+        bench.progress.need(120)
         with all_running(bench) as running:
             if "check" in steps:
                 check(bench, running)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -294,41 +294,53 @@ def test_a_server_that_ends_is_not_waited_for(start: Callable[[str], Any]) -> No
 # -- what is done, and going on ------------------------------------------------------------------
 
 
-def test_the_best_when_tried_again_is_chosen() -> None:
+def test_a_setting_is_judged_by_its_better_pass() -> None:
     tried = [
-        {"setting": {"threads": 1}, "rows_per_s": [400.0, 90.0]},
-        {"setting": {"threads": 2}, "rows_per_s": [100.0, 120.0]},
-        {"setting": {"threads": 3}, "rows_per_s": [500.0]},
+        {"setting": {"threads": 1}, "rows_per_s": [100.0, 90.0]},
+        {"setting": {"threads": 2}, "rows_per_s": [40.0, 120.0]},
     ]
     assert bench.chosen(tried) == {"threads": 2}
 
 
-def test_tuning_tries_all_then_the_best_again_and_goes_on_where_it_was(
+def echo(setting: dict[str, Any], _: Any, port: int) -> list[str]:
+    return [sys.executable, "-c", SERVER, str(port)]
+
+
+def make_bench(cache: Path, ends: float = float("inf")) -> Any:
+    return bench.Bench(
+        places=compared.Places(cache, Path("torch"), Path("int8")),
+        texts=["a", "a much longer text", "b"],
+        truth=["short", "long", "long"],
+        cores=[0],
+        progress=bench.Progress(cache / "progress.json", ends),
+    )
+
+
+def test_what_is_done_is_kept_and_what_is_left_waits_for_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = [{"threads": number} for number in range(1, 6)]
-    server = SimpleNamespace(name="one", grid=settings)
-    tried: list[int] = []
-
-    def a_try(at: Any, _: Any, setting: dict[str, int]) -> float:
-        at.progress.need(1)
-        tried.append(setting["threads"])
-        if len(tried) == 3:
-            at.progress.ends = 0.0  # what comes next is for another call
-        return 10.0 * setting["threads"]
-
-    monkeypatch.setattr(bench, "_try", a_try)
-    path = tmp_path / "progress.json"
+    monkeypatch.setattr(bench, "TUNE_S", 0.1)
+    monkeypatch.setattr(bench, "TUNE_WARM_S", 0.05)
+    adapter = adapters.plain("/")
+    grid = ({"threads": 1}, {"threads": 2})
+    server = compared.Server("one", "", adapter, grid, echo)
+    subject = compared.Subject("one, asked", "one", adapter, "torch")
+    monkeypatch.setattr(bench, "SERVERS", (server,))
+    monkeypatch.setattr(bench, "SUBJECTS", (subject,))
     with pytest.raises(bench.OutOfTime):
-        bench.tune(SimpleNamespace(progress=bench.Progress(path, float("inf"))), server)
-    assert tried == [1, 2, 3]
-    progress = bench.Progress(path, float("inf"))
-    bench.tune(SimpleNamespace(progress=progress), server)
-    assert tried == [1, 2, 3, 4, 5]
-    bench.settle(SimpleNamespace(progress=progress), server)
-    bench.settle(SimpleNamespace(progress=progress), server)
-    assert tried == [1, 2, 3, 4, 5, 5, 4]
-    assert bench.chosen(progress.done["tuned"]["one"]) == {"threads": 5}
+        bench.tune(make_bench(tmp_path, ends=0.0), server)
+    bench.tune(make_bench(tmp_path), server)
+    bench.tune(make_bench(tmp_path, ends=0.0), server)  # there is nothing left to do
+    again = make_bench(tmp_path)
+    tried = again.progress.done["tuned"]["one"]
+    assert [one["setting"] for one in tried] == list(grid)
+    assert all(len(one["rows_per_s"]) == 2 and min(one["rows_per_s"]) > 0 for one in tried)
+    with bench.all_running(again) as running:
+        bench.check(again, running)
+        bench.saturate(again, running, rounds=2, seconds=0.1)
+    found = make_bench(tmp_path).progress.done
+    assert found["checked"]["one, asked"]["accuracy"] == pytest.approx(2 / 3)
+    assert [sorted(one) for one in found["saturated"]] == [["one, asked"]] * 2
 
 
 def test_each_round_begins_with_another() -> None:

@@ -37,7 +37,7 @@ from running import RunningServer, free_port
 from offramp_training.data import load_split
 
 WARM_S = 1.0
-TUNE_WARM_S, TUNE_S, TUNE_PASSES = 0.7, 2.0, 2
+TUNE_WARM_S, TUNE_S, TUNE_PASSES = 0.4, 1.5, 2
 
 log = logging.getLogger("peers")
 
@@ -130,7 +130,7 @@ def tune(bench: Bench, server: Server) -> None:
     """All settings of the server's grid, in turn; what was found is kept beside the choice."""
     if server.name in bench.progress.done["tuned"]:
         return
-    bench.progress.need(len(server.grid) * (TUNE_PASSES * (TUNE_WARM_S + TUNE_S) + 4) + 10)
+    bench.progress.need(len(server.grid) * (TUNE_PASSES * (TUNE_WARM_S + TUNE_S) + 3) + 5)
     tried: list[Figures] = [
         {"setting": setting, "rows_per_s": [], "others_cpu_s": []} for setting in server.grid
     ]
@@ -206,7 +206,7 @@ def arrive(bench: Bench, running: dict[str, RunningServer], rounds: int, seconds
             if len(some) > round_index:
                 continue
             names = comparison.able(before, rate)
-            bench.progress.need(len(names) * (seconds + WARM_S + 2.0))
+            bench.progress.need(len(names) * (seconds + WARM_S + 1.5))
             found: dict[str, Figures] = {}
             for subject in turned([one for one in SUBJECTS if one.name in names], round_index):
                 server = running[subject.server]
@@ -349,10 +349,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="then stop, to go on")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--only", nargs="+", default=[""], help="to tune: servers that start so")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each when saturated")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each when saturated")
     parser.add_argument("--arrival-rounds", type=int, default=3)
-    parser.add_argument("--arrival-seconds", type=float, default=10.0)
+    parser.add_argument("--arrival-seconds", type=float, default=6.0)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

@@ -143,7 +143,6 @@ TWO_WORKERS = {"workers": 2, "threads": 1}
 _BATCHES = _with(
     ONE_WORKER | {"rows": 32, "delay_ms": 0},
     {"rows": 16},
-    {"rows": 64},
     {"rows": 64, "delay_ms": 5},
     TWO_WORKERS,
 )
@@ -158,7 +157,6 @@ _OFFRAMP = _with(
     {"max_batch_tokens": 1024},
     {"threads": 1},
     {"warmup": True, "group_batches": True},
-    {"warmup": True, "backlog_merging": True},
 )
 
 

@@ -47,4 +47,5 @@ if __name__ == "__main__":
         port=given.listen,
         workers=given.workers,
         log_level="warning",
+        timeout_worker_healthcheck=60,  # a busy machine loads torch for longer than its 5 s
     )

@@ -351,8 +351,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[""], help="to tune: servers that start so")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each when saturated")
-    parser.add_argument("--arrival-rounds", type=int, default=3)
-    parser.add_argument("--arrival-seconds", type=float, default=6.0)
+    parser.add_argument("--arrival-rounds", type=int, default=2)
+    parser.add_argument("--arrival-seconds", type=float, default=5.0)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

@@ -83,16 +83,24 @@ def able(rounds: Sequence[Round], rate: float) -> list[str]:
 
 
 def targets(report: Figures) -> list[Figures]:
-    """What was asked, and what was found; `met` is None where nothing could be compared."""
+    """What was asked, and what was found, by the fastest that is as accurate as the peer."""
     kinds, accuracy = report["kinds"], report["accuracy"]
     saturated, arrivals = report["saturated"], report["arrivals"]
     ours = [name for name, kind in kinds.items() if kind == "offramp"]
-    torch = [name for name, kind in kinds.items() if kind == "torch"]
-    onnx = [name for name, kind in kinds.items() if kind == "onnx"]
-    plain = [name for name in onnx if not name.endswith("sorted")]
-    ordered = [name for name in onnx if name.endswith("sorted")]
     rows = []
-    for peers, asked in ((torch, OF_TORCH), (plain, OF_ONNX), (ordered, OF_SORTED)):
+    for kind, is_sorted, asked in (
+        ("torch", False, OF_TORCH),
+        ("torch", True, OF_TORCH),
+        ("onnx", False, OF_ONNX),
+        ("onnx", True, OF_SORTED),
+    ):
+        peers = [
+            name
+            for name, its in kinds.items()
+            if its == kind and name.endswith("sorted") == is_sorted
+        ]
+        if not peers:
+            continue
         peer = fastest(saturated, peers)
         chosen = fastest(saturated, as_accurate(accuracy, ours, peer))
         found = ratio(saturated, chosen, peer)

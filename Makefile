@@ -112,7 +112,7 @@ bench-serve: $(INSTALLED) ## the service against its parts: rows per second, lat
 	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8
 	$(BIN)/python service/bench/bench_serve.py $(SST2)-int8 --data $(SST2_DATA) --json docs/results/serve.json
 
-bench-peers: $(INSTALLED) ## infinity, PyTriton, mosec and a naive server against this one: same weights, cores, load (an hour)
+bench-peers: $(INSTALLED) ## infinity, PyTriton, mosec and a naive server against this one: same weights, cores, load (half an hour)
 	test -e $(SST2)-int8/offramp.json || \
 	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8
 	PYTHON=$(PYTHON) $(BIN)/python loadtest/peers/bench_peers.py $(SST2) --int8 $(SST2)-int8 --data $(SST2_DATA) \

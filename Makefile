@@ -137,6 +137,12 @@ bench-serve: $(INSTALLED) ## the service against its parts: rows per second, lat
 bench-load: $(INSTALLED) ## how much load one process of the generator offers and is still on time
 	$(BIN)/python loadtest/bench/bench_generator.py --json docs/results/loadtest.json
 
+bench-peers: $(INSTALLED) ## infinity, PyTriton, mosec and a naive server against this one: same weights, cores, load (half an hour)
+	test -e $(SST2)-int8/offramp.json || \
+	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8
+	PYTHON=$(PYTHON) $(BIN)/python loadtest/peers/bench_peers.py $(SST2) --int8 $(SST2)-int8 --data $(SST2_DATA) \
+	  --json docs/results/peers.json
+
 soak: $(INSTALLED) $(QUICKSTART)/offramp.json ## five minutes of everything at once against the quickstart server
 	$(BIN)/python service/bench/soak.py $(QUICKSTART) --texts training/data/snips/test.jsonl.gz --json docs/results/soak.json
 

@@ -1,0 +1,106 @@
+"""Load on one server and what it showed: saturated, under arrivals, and whether it was right.
+
+Knows addresses and ready requests, and nothing of who is behind them.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+from adapters import Adapter
+from running import RunningServer
+
+from offramp_loadtest.arrivals import schedule
+from offramp_loadtest.generator import Load, keep_in_flight, send_when_due
+from offramp_loadtest.http_client import Connection
+from offramp_loadtest.report import summary
+
+CONNECTIONS = 64
+"""Clients with one text each: what is in flight when saturated."""
+MAX_CONNECTIONS = 512
+PATIENCE_S = 20.0
+
+Figures = dict[str, Any]
+
+
+class Watch:
+    """Processor time while something runs: of a server, of this process, of everybody else."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self._server = server
+        self._began = server.cpu_s(), time.process_time(), _busy_s()
+
+    def figures(self) -> Figures:
+        server, ours, everybody = (
+            now - before
+            for now, before in zip(
+                (self._server.cpu_s(), time.process_time(), _busy_s()), self._began, strict=True
+            )
+        )
+        others = max(0.0, everybody - server - ours)
+        return {"server_cpu_s": server, "generator_cpu_s": ours, "others_cpu_s": others}
+
+
+def _busy_s() -> float:
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+
+
+def saturated(server: RunningServer, requests: Sequence[bytes], seconds: float) -> Figures:
+    """A closed loop: the next text on each connection when the one before is answered."""
+    load = Load(server.address, requests, CONNECTIONS, PATIENCE_S)
+    watch = Watch(server)
+    result = keep_in_flight(load, seconds)
+    return _figures(summary(result, seconds=seconds, max_connections=CONNECTIONS), watch)
+
+
+def under_arrivals(
+    server: RunningServer, requests: Sequence[bytes], rate: float, seconds: float, seed: int
+) -> Figures:
+    """An open loop: texts that come when they are due, as a Poisson stream."""
+    load = Load(server.address, requests, MAX_CONNECTIONS, PATIENCE_S)
+    watch = Watch(server)
+    result = send_when_due(load, schedule("poisson", rate, seconds, seed))
+    return _figures(summary(result, seconds=seconds, max_connections=MAX_CONNECTIONS), watch)
+
+
+def _figures(found: Figures, watch: Watch) -> Figures:
+    answered = found["status"].get("200", 0)
+    return {
+        "rows_per_s": found["rate_answered"],
+        "rate_due": found["rate_due"],
+        "answered": answered,
+        "not_answered": found["requests"] - answered,
+        "latency_ms": found["latency_ms"],
+        "lateness_p99_ms": found["generator"]["lateness_ms"]["p99"],
+        **watch.figures(),
+    }
+
+
+def labels(server: RunningServer, adapter: Adapter, texts: Sequence[str]) -> list[str]:
+    """What the server says of each text, when as many are asked at a time as under load.
+
+    Raises:
+        ValueError: something was not answered.
+    """
+    return asyncio.run(_labels(server, adapter, texts))
+
+
+async def _labels(server: RunningServer, adapter: Adapter, texts: Sequence[str]) -> list[str]:
+    found = [""] * len(texts)
+    waiting = iter(enumerate(texts))
+
+    async def client() -> None:
+        connection = await Connection.open(server.address)
+        try:
+            for place, text in waiting:
+                reply = await connection.exchange(adapter.request(server.address, text))
+                found[place] = adapter.read(reply)
+        finally:
+            connection.close()
+
+    async with asyncio.timeout(60 + len(texts)):
+        await asyncio.gather(*(client() for _ in range(CONNECTIONS)))
+    return found

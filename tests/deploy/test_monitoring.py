@@ -23,6 +23,7 @@ from loading import load
 from offramp_loadtest.arrivals import schedule
 from offramp_loadtest.generator import Load, Outcome, send_when_due
 from offramp_loadtest.http_client import Address
+from offramp_loadtest.recorder import exit_layer
 from offramp_loadtest.server_process import ServerProcess, serving
 from offramp_loadtest.texts import classify_requests, read_texts
 
@@ -181,7 +182,7 @@ def _rules_are_filled(stack: Any, at: float) -> None:
 def _exit_layers_are_those_of_the_load(
     stack: Any, at: float, answered: list[tuple[float, Outcome]], layers: int
 ) -> None:
-    left = Counter(one.exit_layer for _, one in answered)
+    left = Counter(exit_layer(one.reply) for _, one in answered)
     assert len(left) > 1
     counted = {layer: left.get(layer, 0) for layer in range(1, layers + 1)}
     log.info("exit layers, by the load generator: %s", counted)
@@ -227,7 +228,7 @@ def _exit_layers_are_those_of_the_load(
         {
             speedup: layers * len(ran) / sum(ran)
             for speedup in SPEEDUPS
-            if (ran := [one.exit_layer or 0 for asked, one in answered if asked == speedup])
+            if (ran := [exit_layer(one.reply) or 0 for asked, one in answered if asked == speedup])
         }
     )
     log.info("achieved, by what was asked for: %s", achieved)

@@ -129,6 +129,11 @@ bench-plan: $(INSTALLED) ## simulated: replicas that a load needs, by the planne
 	$(BIN)/python service/bench/bench_plan.py $(wildcard $(SST2)-int8 $(SST2)) --data $(SST2_DATA) \
 	  --costs docs/results/scheduler.json --json docs/results/plan.json
 
+bench-slo-served: $(INSTALLED) ## a step of load on a real server, with the SLO controller and without
+	test -e $(SST2)-int8/offramp.json || \
+	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8
+	$(BIN)/python service/bench/bench_slo_served.py $(SST2)-int8 --data $(SST2_DATA) --json docs/results/slo-served.json
+
 bench-serve: $(INSTALLED) ## the service against its parts: rows per second, latency under load, what HTTP costs
 	test -e $(SST2)-int8/offramp.json || \
 	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8

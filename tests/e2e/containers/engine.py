@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -180,3 +181,15 @@ def _check(code: int) -> None:
 def remove(directory: Path) -> None:
     """All of it; engines leave folders that only their owner may enter."""
     shutil.rmtree(directory, ignore_errors=False)
+
+
+def _try() -> None:
+    """Start an engine and end it: can one run here?"""
+    with tempfile.TemporaryDirectory(prefix="e2e-", ignore_cleanup_errors=True) as folder:
+        directory = Path(folder)
+        with own_network(), engine(directory / "e", directory / "c", networks=True) as docker:
+            docker("info")
+
+
+if __name__ == "__main__":
+    _try()

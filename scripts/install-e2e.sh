@@ -43,8 +43,10 @@ if [ ! -x "$PLUGIN" ]; then
     # one, whose only file that counts runs anywhere, by way of a list of packages that apt sees here
     # and nowhere else.
     mkdir -p "$work/lists/partial" "$work/cache/archives/partial" "$CACHE/cli-plugins"
-    echo 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian sid main' \
-        >"$work/sources.list"
+    # From wherever this machine has its own release from.
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' "Release: $VERSION_CODENAME" | head -n 1)
+    [ -n "$mirror" ] || refuse "apt knows no source of Debian $VERSION_CODENAME"
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror sid main" >"$work/sources.list"
     apt="apt-get -qq -o Dir::Etc::sourcelist=$work/sources.list -o Dir::Etc::sourceparts=/dev/null \
         -o Dir::State::lists=$work/lists -o Dir::Cache=$work/cache -o APT::Sandbox::User=root"
     (

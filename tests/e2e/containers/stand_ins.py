@@ -23,7 +23,7 @@ from urllib.parse import urlparse
 
 PROGRAMS = ("/usr/sbin/debootstrap", "/usr/bin/prometheus", "/usr/bin/prometheus-alertmanager")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offramp-e2e"
-MIRROR = "http://deb.debian.org/debian"
+RELEASE = "bookworm"
 PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
@@ -36,7 +36,7 @@ _LEFT_OUT = (
 
 def debian_with_python() -> Path:
     """The root file system as an archive, made if it is not in the cache."""
-    archive = CACHE / "bookworm-python3.tar"
+    archive = CACHE / f"{RELEASE}-python3.tar"
     if archive.exists():
         return archive
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def debian_with_python() -> Path:
         # In a mount namespace of its own: what it mounts there is gone when it ends.
         _run(
             *("unshare", "--mount", "debootstrap", "--variant=minbase"),
-            *(f"--include={PACKAGES}", "bookworm", str(root), MIRROR),
+            *(f"--include={PACKAGES}", RELEASE, str(root), _mirror()),
         )
         for folder in _LEFT_OUT:
             shutil.rmtree(root / folder, ignore_errors=True)
@@ -66,10 +66,20 @@ def debian_with_python() -> Path:
     return archive
 
 
-def _run(*words: str) -> None:
+def _mirror() -> str:
+    """Where apt on this machine has that release from."""
+    filters = ("Created-By: Packages", f"Release: {RELEASE}")
+    found = _run("apt-get", "indextargets", "--format", "$(REPO_URI)", *filters).split()
+    if not found:
+        raise RuntimeError(f"apt knows no source of Debian {RELEASE}")
+    return found[0]
+
+
+def _run(*words: str) -> str:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}: {(done.stdout + done.stderr)[-3000:]}")
+    return done.stdout
 
 
 def write_base(folder: Path, pip_configuration: str, *, image: str) -> None:

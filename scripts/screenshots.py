@@ -9,18 +9,16 @@ import argparse
 import gzip
 import io
 import json
-import os
-import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
+
+from offramp_loadtest.server_process import serving
 
 TYPED = (
     "a warm, deeply human film",
@@ -48,7 +46,10 @@ def main(arguments: Sequence[str]) -> None:
     if chromium is None:
         sys.exit("there is no chromium here; Debian: apt-get install chromium")
     asked.output.mkdir(parents=True, exist_ok=True)
-    with serving(asked.checkpoint, asked.name) as address, sync_playwright() as playwright:
+    command = [sys.executable, "-m", "offramp_service", "--model-id", str(asked.checkpoint)]
+    command += ["--served-model-name", asked.name, "--port", "0"]
+    with serving(command) as server, sync_playwright() as playwright:
+        address = f"http://{server.address.host}:{server.address.port}"
         send(address, read_texts(asked.texts))
         browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
         for scheme in ("light", "dark"):
@@ -62,28 +63,6 @@ def main(arguments: Sequence[str]) -> None:
             path.write_bytes(compressed(page.screenshot()))
             print(f"{path}: {path.stat().st_size} bytes")
         browser.close()
-
-
-@contextmanager
-def serving(checkpoint: Path, name: str) -> Iterator[str]:
-    """A running server, as http://host:port."""
-    command = [sys.executable, "-m", "offramp_service", "--model-id", str(checkpoint)]
-    process = subprocess.Popen(
-        [*command, "--served-model-name", name, "--port", "0", "--drain-seconds", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={key: value for key, value in os.environ.items() if key != "PORT"},
-    )
-    try:
-        assert process.stdout is not None
-        found = re.search(r"open (http://[^/]+)/ui", process.stdout.readline())
-        if found is None:
-            sys.exit(f"{checkpoint} is not served")
-        yield found[1]
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
 
 
 def read_texts(path: Path) -> list[str]:

@@ -6,20 +6,18 @@ there, in a real browser; and what the signals of all exits cost a request that 
 
 import argparse
 import json
-import os
-import re
 import shutil
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import expect, sync_playwright
+
+from offramp_loadtest.server_process import serving
 
 TEXT = "not without charm, yet somehow dull number"
 KEYSTROKES, REQUESTS, ROUNDS = 30, 150, 4
@@ -39,7 +37,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args(arguments)
-    with serving(asked.checkpoint) as (host, port):
+    command = [sys.executable, "-m", "offramp_service", "--model-id", str(asked.checkpoint)]
+    with serving([*command, "--port", "0", "--threads", "1"]) as server:
+        host, port = server.address.host, server.address.port
         found = {
             "checkpoint": asked.checkpoint.name,
             "signals": time_signals(host, port),
@@ -49,28 +49,6 @@ def main(arguments: Sequence[str]) -> None:
     print(text)
     if asked.json is not None:
         asked.json.write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def serving(checkpoint: Path) -> Iterator[tuple[str, int]]:
-    """A running server's host and port."""
-    command = [sys.executable, "-m", "offramp_service", "--model-id", str(checkpoint)]
-    process = subprocess.Popen(
-        [*command, "--port", "0", "--threads", "1", "--drain-seconds", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={key: value for key, value in os.environ.items() if key != "PORT"},
-    )
-    try:
-        assert process.stdout is not None
-        found = re.search(r"open http://([^/:]+):(\d+)/ui", process.stdout.readline())
-        if found is None:
-            sys.exit(f"{checkpoint} is not served")
-        yield found[1], int(found[2])
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
 
 
 def time_page(address: str) -> dict[str, Any]:

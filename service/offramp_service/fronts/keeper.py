@@ -114,8 +114,17 @@ class Keeper:
             log.error("a front process ended with code %s, another one is started", code)
             if time.monotonic() - began < _LONG_ENOUGH_S:
                 await asyncio.sleep(_RESPITE_S)
-            front = await self._start()
+            front = await self._start_at_last()
             self._fronts.add(front)
+
+    async def _start_at_last(self) -> "_Front":
+        """Where the machine has no process to give, until it has."""
+        while True:
+            try:
+                return await self._start()
+            except OSError:
+                log.exception("no front process can be started")
+                await asyncio.sleep(_RESPITE_S)
 
     async def _keep_telling(self) -> None:
         while True:

@@ -16,6 +16,12 @@ _GREETING = re.compile(r"http://127\.0\.0\.1:(\d+)")
 _SERIES = re.compile(r"^(\w+)(\{.*\})? (\S+)$", re.MULTILINE)
 
 
+def machine_cpu_s() -> float:
+    """Processor time that everybody on this machine has used, in seconds of one core."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+
+
 class ServerProcess:
     """A running server that greeted with its address on loopback; `ready_s` after its start."""
 

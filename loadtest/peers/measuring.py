@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 from adapters import Adapter
 from running import RunningServer
 
@@ -16,6 +15,7 @@ from offramp_loadtest.arrivals import schedule
 from offramp_loadtest.generator import Load, Result, keep_in_flight, send_when_due
 from offramp_loadtest.http_client import Connection
 from offramp_loadtest.report import milliseconds
+from offramp_loadtest.server_process import machine_cpu_s
 
 CONNECTIONS = 64
 """Clients with one text each: what is in flight when saturated."""
@@ -30,22 +30,17 @@ class Watch:
 
     def __init__(self, server: RunningServer) -> None:
         self._server = server
-        self._began = server.cpu_s(), time.process_time(), _busy_s()
+        self._began = self._now()
 
     def figures(self) -> Figures:
         server, ours, everybody = (
-            now - before
-            for now, before in zip(
-                (self._server.cpu_s(), time.process_time(), _busy_s()), self._began, strict=True
-            )
+            now - before for now, before in zip(self._now(), self._began, strict=True)
         )
         others = max(0.0, everybody - server - ours)
         return {"server_cpu_s": server, "generator_cpu_s": ours, "others_cpu_s": others}
 
-
-def _busy_s() -> float:
-    times = psutil.cpu_times()
-    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+    def _now(self) -> tuple[float, float, float]:
+        return self._server.cpu_s(), time.process_time(), machine_cpu_s()
 
 
 def saturated(server: RunningServer, requests: Sequence[bytes], seconds: float) -> Figures:

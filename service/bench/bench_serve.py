@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import psutil
 import uvloop
 from fastapi import FastAPI
 from null_engine import NullEngine
@@ -38,7 +37,7 @@ from starlette.types import Message
 from offramp_loadtest.arrivals import schedule
 from offramp_loadtest.generator import Load, Outcome, Result, keep_in_flight, send_when_due
 from offramp_loadtest.report import milliseconds
-from offramp_loadtest.server_process import ServerProcess, serving
+from offramp_loadtest.server_process import ServerProcess, machine_cpu_s, serving
 from offramp_loadtest.texts import classify_requests
 from offramp_service.app import create_app
 from offramp_service.controls import Asked
@@ -88,19 +87,14 @@ class Watch:
     def __init__(self, servers: Sequence[ServerProcess]) -> None:
         self._servers = servers
         self._ours = self._our_cpu_s()
-        self._all = _busy_s()
+        self._all = machine_cpu_s()
 
     def others_cpu_s(self) -> float:
         """Of processes that have nothing to do with this benchmark."""
-        return max(0.0, _busy_s() - self._all - (self._our_cpu_s() - self._ours))
+        return max(0.0, machine_cpu_s() - self._all - (self._our_cpu_s() - self._ours))
 
     def _our_cpu_s(self) -> float:
         return time.process_time() + sum(one.cpu_s() for one in self._servers)
-
-
-def _busy_s() -> float:
-    times = psutil.cpu_times()
-    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 
 
 # -- the engine alone ----------------------------------------------------------------------------

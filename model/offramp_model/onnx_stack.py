@@ -6,8 +6,8 @@ loads torch.
 
 All sessions of a process share one pool of threads, whose idle ones do not spin between calls: with
 a pool for each session, as by default, chains of small sessions take several times as long. They
-share one arena of memory as well, as only one of them runs at a time: by default each would keep
-what its largest batch took.
+share one arena of memory as well, as only one of them, or one for each worker, runs at a time: by
+default each would keep what its largest batch took. Any number of threads may call a stack at once.
 
 onnxruntime (extra `onnx`) is imported when a stack is made. It knows nothing about policies,
 directories or how graphs are written.

@@ -219,10 +219,10 @@ def _log_limits(pipeline: RoomPipeline) -> None:
     settings, model = pipeline.settings, pipeline.model
     log.info(
         "serving %s (%s): %d layers, exits %s, policy %s, speed-up %.4g to %.4g (default %.4g), "
-        "%s %s on %s, %d threads",
+        "%s %s on %s, %d threads, %d batches at a time",
         *(model.name, model.sha, model.num_layers, model.config.exit_layers, model.policy.name),
         *(model.min_speedup, model.max_speedup, model.default_speedup),
-        *(model.backend, model.dtype, model.device, settings.engine_threads),
+        *(model.backend, model.dtype, model.device, settings.engine_threads, model.engine_workers),
     )
     log.info(
         "limits: %d tokens a text, %d texts a request, %d tokens and %d texts a batch, "

@@ -1,13 +1,14 @@
 """Admission, and promises: every admitted text is computed, and answered to whom it belongs.
 
 The batcher knows promises, not tensors and not HTTP; what is computed next is the scheduler's to
-say. Routes admit and submit client batches on the event loop; the engine thread runs `serve`, which
+say. Routes admit and submit client batches on the event loop; an engine thread runs `serve`, which
 asks the scheduler for a step and carries it out, from exit to exit. There is no timer: an idle
 engine never waits for company, and while it computes the next batch gathers by itself.
 
 Who owns what. A client batch's answers, its future and the room it takes belong to the event loop;
 the engine thread only posts to it. The scheduler belongs to both and is touched under one lock, for
-microseconds; the groups under way are the engine thread's.
+microseconds; a group under way is the engine thread's that runs it. Of these there may be several,
+the workers.
 
 A text is answered exactly once: by its answer, or with its whole client batch by the first failure
 or by the end of its request (deadline, departure of the client), whichever comes first. Whatever
@@ -127,12 +128,13 @@ class Batcher:
         *,
         exits: ExitWatch | None = None,
         shadow: ShadowWatch | None = None,
-        turn: AbstractContextManager[None] | None = None,
+        turns: Sequence[AbstractContextManager[None]] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._engine, self._limits, self._metrics, self._clock = engine, limits, metrics, clock
         self._exits, self._shadow = exits, shadow
-        self._turn = turn or nullcontext()  # on the device, where others compute as well
+        # On the device, where others compute as well; one for each worker.
+        self._turns = turns or [nullcontext()] * scheduler.plan.workers
         # Event loop only:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: set[ClientBatch] = set()  # submitted and unanswered
@@ -144,9 +146,9 @@ class Batcher:
         self._changed = threading.Condition()
         self.scheduler = scheduler
         self._closed = False
-        # Written by the engine thread:
-        self._busy_since: float | None = None  # the step under way
-        self._done = (0, 0.0)  # text-layers run, seconds that they took; replaced as one
+        self._done = (0, 0.0)  # text-layers run, seconds of all workers that they took
+        # Each worker writes its own entry:
+        self._busy_since: dict[int, float] = {}  # the steps under way
 
     def show(self) -> None:
         """The metrics' gauges are of this queue from now on."""
@@ -177,13 +179,13 @@ class Batcher:
     @property
     def busy(self) -> bool:
         """A batch is being computed."""
-        return self._busy_since is not None
+        return bool(self._busy_since)
 
     @property
     def stuck(self) -> bool:
-        """The engine has been on one step for longer than any step takes."""
-        since = self._busy_since
-        return since is not None and self._clock() - since > STUCK_AFTER_S
+        """A worker has been on one step for longer than any step takes."""
+        now = self._clock()
+        return any(now - since > STUCK_AFTER_S for since in list(self._busy_since.values()))
 
     # -- event loop --------------------------------------------------------------------------
 
@@ -233,7 +235,7 @@ class Batcher:
             self._open.add(batch)
             self._layers_ahead += _layers(jobs)
             self._layers_admitted += _layers(jobs)
-            self._changed.notify()
+            self._changed.notify()  # who takes a part of them wakes the next
         try:
             return await batch.future
         finally:
@@ -322,14 +324,17 @@ class Batcher:
             if not batch.answered(job.index):
                 batch.fail(failure)
 
-    def _fail_taken(self, failure: ServiceError) -> None:
-        """Of those who are unanswered, all but who are still waiting with all their texts."""
+    def _fail_lost(self, failure: ServiceError) -> None:
+        """Of those who are unanswered, all who have a text that neither waits nor is in a worker's
+        hands."""
         with self._changed:
+            queue, groups = self.scheduler.queue, self.scheduler.groups
+            safe = {job for group in groups for job in group.inside.values()}
             taken = [
                 batch
                 for batch in self._open
                 if not all(
-                    batch.answered(job.index) or job in self.scheduler.queue for job in batch.jobs
+                    batch.answered(job.index) or job in queue or job in safe for job in batch.jobs
                 )
             ]
         for batch in taken:
@@ -337,51 +342,53 @@ class Batcher:
 
     # -- engine thread -----------------------------------------------------------------------
 
-    def serve(self) -> None:
-        """The engine thread's main loop, until `close`."""
+    def serve(self, worker: int = 0) -> None:
+        """An engine thread's main loop, until `close`."""
         try:
-            while (step := self._next_step()) is not None:
-                with self._turn:
+            while (step := self._next_step(worker)) is not None:
+                with self._turns[worker]:
                     if step.group.shadow:
-                        self._carry_out_shadow(step)
+                        self._carry_out_shadow(step, worker)
                     else:
-                        self._carry_out(step)
+                        self._carry_out(step, worker)
         finally:
-            self._busy_since = None
+            self._busy_since.pop(worker, None)
 
-    def let_go(self) -> None:
-        """After `serve` was left by an error: who was in the engine's hands gets a 500, who waits
+    def let_go(self, worker: int = 0) -> None:
+        """After a worker's `serve` was left by an error: who was in its hands gets a 500, who waits
         goes on waiting. Comes back when they have been told, so that nobody is taken for one who
         is computed by then."""
         told = threading.Event()
 
         def tell() -> None:
-            self._fail_taken(EngineFailed("the engine crashed on this batch"))
+            self._fail_lost(EngineFailed("the engine crashed on this batch"))
             told.set()
 
         with self._changed:
-            shadows = self.scheduler.let_go()
+            shadows = self.scheduler.let_go(worker)
         self._metrics.shadows_dropped(shadows)
         self._post(tell)
         told.wait(_TELLING_S)
 
     def go_on_with(self, engine: Engine) -> None:
-        """For the next `serve`."""
+        """For batches that start from now on."""
         self._engine = engine
 
-    def _next_step(self) -> Step | None:
+    def _next_step(self, worker: int) -> Step | None:
         """Wait for something to do; None means closed."""
         with self._changed:
             while True:
-                step = self.scheduler.next_step(self._clock())
+                step = self.scheduler.next_step(self._clock(), worker)
                 if step is not None or self._closed:
+                    if self.scheduler.queue:
+                        self._changed.notify()  # another worker's share
                     return step
                 self._changed.wait()
 
-    def _carry_out(self, step: Step) -> None:
+    def _carry_out(self, step: Step, worker: int) -> None:
         """Run a group to its next exit and answer who leaves; a failure stays within the group."""
         group, left, layers_run = step.group, None, 0
-        started = self._busy_since = self._clock()
+        started = self._busy_since[worker] = self._clock()
         failure = EngineFailed("the engine gave no answer to this text")
         try:
             if step.opened is not None:
@@ -397,11 +404,16 @@ class Batcher:
             log.exception("a batch of %d texts failed, requests %s", len(group.jobs), names)
             left, failure = None, EngineFailed("the model failed on this batch")
         finally:
-            seconds = self._clock() - started
-            self._done = (self._done[0] + layers_run, self._done[1] + seconds)
-            self._metrics.engine_worked(seconds)
+            self._worked(layers_run, self._clock() - started)
         if left is None:
-            self._end(group, failure)
+            self._end(group, failure, worker)
+
+    def _worked(self, layers_run: int, seconds: float) -> None:
+        """One of the workers did; a second of the engine is one of all of them."""
+        seconds /= self.scheduler.plan.workers
+        with self._changed:
+            self._done = (self._done[0] + layers_run, self._done[1] + seconds)
+        self._metrics.engine_worked(seconds)
 
     def _start(self, group: Group, reason: DispatchReason) -> None:
         waits = [job.started_at - job.queued_at for job in group.jobs]
@@ -412,7 +424,6 @@ class Batcher:
         """Post the answers of those who left together."""
         layers = range(group.layer + 1, left.exit_layer + 1)
         self._metrics.layers_ran(layers, left.texts_run, len(left.answers))
-        group.passed(left)
         now = self._clock()
         answers: list[tuple[Job, TimedAnswer | ServiceError]] = []
         broken: list[tuple[Job, Exception]] = []
@@ -433,18 +444,20 @@ class Batcher:
         self._metrics.texts_left(left.exit_layer, exits)
         if answers:
             self._post(lambda: self._settle(answers))
+        # After that: a text that is not inside and has no answer to come is lost.
+        group.passed(left)
         self._queue_shadows(again)
         if broken:
             names = _names([job for job, _ in broken])
             text = "%d of %d texts of a batch failed: %s, requests %s"
             log.error(text, len(broken), len(group.jobs), broken[0][1], names)
 
-    def _end(self, group: Group, failure: ServiceError) -> None:
+    def _end(self, group: Group, failure: ServiceError, worker: int) -> None:
         """Whoever has not been answered gets the failure."""
         with self._changed:
             self.scheduler.close(group)
-            if not self.scheduler.groups:
-                self._busy_since = None
+            if all(other.worker != worker for other in self.scheduler.groups):
+                self._busy_since.pop(worker, None)
         self._post(lambda: self._finish(group.jobs, failure))
 
     # -- engine thread: second runs, which no client waits for ---------------------------------
@@ -461,11 +474,11 @@ class Batcher:
             dropped = sum(not self.scheduler.add_shadow(job) for job in jobs)
         self._metrics.shadows_dropped(dropped)
 
-    def _carry_out_shadow(self, step: Step) -> None:
+    def _carry_out_shadow(self, step: Step, worker: int) -> None:
         """Run a shadow batch to its next exit. Nothing of it counts as service to anybody, and a
         failure costs a few comparisons."""
         group, left = step.group, None
-        self._busy_since = self._clock()
+        self._busy_since[worker] = self._clock()
         try:
             if step.opened is not None:
                 group.course = self._engine(group.jobs)
@@ -479,7 +492,7 @@ class Batcher:
             self._metrics.shadows_dropped(len(group.inside))
             with self._changed:
                 self.scheduler.close(group)
-            self._busy_since = None
+            self._busy_since.pop(worker, None)
 
     def _compare(self, group: Group, left: Left) -> None:
         self._metrics.shadow_layers_ran(range(group.layer + 1, left.exit_layer + 1), left.texts_run)

@@ -10,7 +10,7 @@ from operator import sub
 from typing import Any, Literal, Protocol
 
 ExitReason = Literal["criterion", "final", "forced"]
-DispatchReason = Literal["full", "tokens", "deadline", "idle"]
+DispatchReason = Literal["full", "tokens", "share", "deadline", "idle"]
 """What ended the forming of a batch: its texts, its tokens, a member's deadline, or an empty
 queue."""
 

@@ -250,7 +250,7 @@ class Models:
     def _room(self, settings: Settings, model: ServedModel) -> Room:
         device = self._devices.setdefault(model.device, Device())
         return Room(
-            *(settings, model, self.families, self.lifecycle, device.turn()),
+            *(settings, model, self.families, self.lifecycle, device),
             died=self._died,
             computes=self._computes,
         )

@@ -14,7 +14,7 @@ from offramp_model.cost import StepTable
 from offramp_service.batcher import Batcher, Limits
 from offramp_service.controls import full_depth
 from offramp_service.engine import Engine
-from offramp_service.engine_thread import EngineThread
+from offramp_service.engine_thread import EngineThreads
 from offramp_service.errors import InvalidInput
 from offramp_service.jobs import Engine as Computes
 from offramp_service.lifecycle import Lifecycle
@@ -26,7 +26,7 @@ from offramp_service.served_model import ServedModel
 from offramp_service.settings import Settings
 from offramp_service.shadow import ShadowWatch
 from offramp_service.slo_watch import SloWatch
-from offramp_service.turns import Turn
+from offramp_service.turns import Device
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +49,15 @@ class Room:
         model: ServedModel,
         families: Families,
         lifecycle: Lifecycle,
-        turn: Turn,
+        device: Device,
         *,
         died: Callable[["Room"], None],
         computes: Computes | None = None,
     ) -> None:
         self._settings, self.model, self._lifecycle = settings, model, lifecycle
-        self._turn, self._tell_of_death = turn, died
+        workers = model.engine_workers
+        self._turns = [device.turn(sharing=workers) for _ in range(workers)]
+        self._tell_of_death = died
         self._engine = self._make_engine()
         self._metrics = Metrics(
             families,
@@ -73,24 +75,27 @@ class Room:
             self._metrics,
             exits=self._exits,
             shadow=ShadowWatch(rate, full_depth(model)) if rate else None,
-            turn=turn,
+            turns=self._turns,
         )
         batcher = self.batcher
         slo = SloWatch(settings, model, lambda: batcher.load, self._metrics)
         self.pipeline = RoomPipeline(settings, model, batcher, self._metrics, slo, correction)
         self.policy_at_start = self.pipeline.policy
-        self._thread = EngineThread(
-            self.batcher, prepare=self._prepare, rebuild=self._rebuild, died=self._died
+        self._threads = EngineThreads(
+            *(self.batcher, workers),
+            prepare=self._prepare,
+            rebuild=self._rebuild,
+            died=self._died,
         )
 
     @property
     def alive(self) -> bool:
         """The engine runs and is not stuck."""
-        return self._thread.is_alive() and not self.batcher.stuck
+        return self._threads.alive and not self.batcher.stuck
 
     @property
     def ready(self) -> bool:
-        return self.alive and not self._thread.rebuilding
+        return self.alive and not self._threads.rebuilding
 
     async def warm(self) -> None:
         """Start, and come back when the first text can be answered.
@@ -98,7 +103,7 @@ class Room:
         Raises:
             Exception: whatever the model's first passes raise.
         """
-        await self._thread.warm()
+        await self._threads.warm()
 
     def show(self, before: "Room | None" = None) -> None:
         """From now on the metrics' gauges are of this room, which takes over what the one before
@@ -144,24 +149,25 @@ class Room:
             log.warning("the policy is that of the settings again: %s", error)
 
     async def close(self, farewell: str = "the server is shutting down") -> None:
-        """Let go of whoever is still waiting, and end the engine's thread."""
+        """Let go of whoever is still waiting, and end the engine's threads."""
         self.batcher.close(farewell)
         self.pipeline.close()
-        if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join, _JOIN_S)
+        await asyncio.to_thread(self._threads.join, _JOIN_S)
 
-    # -- engine thread -----------------------------------------------------------------------
+    # -- engine threads ----------------------------------------------------------------------
 
     def _make_engine(self) -> Engine:
         model = self.model
         return Engine(model.stack, model.policy, torch_threads=model.torch_threads)
 
-    def _prepare(self) -> None:
+    def _prepare(self, worker: int) -> None:
         engine, settings, model = self._engine, self._settings, self.model
         costs = _warm(engine, settings, model)
+        if worker > 0:
+            return  # what the first has found out holds for all
         if costs is None and settings.warmup:
             costs = engine.measure(
-                settings.max_batch_tokens, model.max_input_length, turn=self._turn
+                settings.max_batch_tokens, model.max_input_length, turn=self._turns[0]
             )
         if costs is not None:
             # A batch in the device lane runs to its end as one graph.
@@ -183,6 +189,7 @@ def _plan(settings: Settings, model: ServedModel) -> Plan:
     return Plan(
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_texts=model.max_batch_texts,
+        workers=model.engine_workers,
         group_alike=settings.group_batches,
         merge_backlog=settings.backlog_merging,
         layers_per_step=model.num_layers / len(model.config.exit_layers),

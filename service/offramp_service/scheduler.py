@@ -5,9 +5,10 @@ what time it is. The batcher drives it with the real clock and the real engine, 
 (`service/bench/simulator.py`) with a made-up clock and a cost table.
 
 Waiting texts stand in the order of their latest start (`job_queue.py`). A batch is taken from the
-front and runs to completion before the next one starts. In backlog mode (off unless asked for, and
-only where a layer's cost has a flat part) batches stand at their exits like queues of their own,
-and a deeper one may wait for a younger one to catch up.
+front and runs to completion before its worker starts the next one; several workers, each with a
+batch of its own, share what there is. In backlog mode (one worker; off unless asked for, and only
+where a layer's cost has a flat part) batches stand at their exits like queues of their own, and a
+deeper one may wait for a younger one to catch up.
 
 Shadow texts (`shadow.py`) have a place of their own, and are run only while no client's text waits
 or is under way.
@@ -33,6 +34,9 @@ MOST_GROUPS = 8
 """Batches under way at a time; each holds its hidden states."""
 JOINING = 0.05
 """Of a layer; two batches that save less by joining are not worth moving."""
+LEAST_SHARE = 128
+"""Tokens: a few texts, which one worker computes sooner together than two do apart. Of 0, 64, 128
+and 256, this one had the shortest latencies under load on two cores (docs/results/service.md)."""
 LEAST_KNEE = 128
 """Tokens: with a knee of a few texts, the flat part is the price of a call, not an idle device."""
 SHADOW_TEXTS, SHADOW_TOKENS = 8, 256
@@ -46,10 +50,12 @@ time."""
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the scheduler is told once; `layers_per_step` are those from exit to exit."""
+    """What the scheduler is told once; `layers_per_step` are those from exit to exit, `workers` how
+    many batches are computed at a time."""
 
     max_batch_tokens: int
     max_batch_texts: int
+    workers: int = 1
     group_alike: bool = False  # prefer texts of one class and length, where nobody is made late
     merge_backlog: bool = False
     layers_per_step: float = 1.0
@@ -60,6 +66,7 @@ class Group:
     """A batch under way: texts that have run the same layers and run on together."""
 
     jobs: list[Job]  # in the engine's order, those that left included
+    worker: int | None = 0  # in whose hands it is; None: it stands aside
     layer: int = 0
     skipped: int = 0  # turns in which another group ran
     shadow: bool = False  # of second runs, that no client waits for
@@ -126,6 +133,8 @@ class Scheduler:
             return "what a layer costs has not been measured"
         if not self._can_join:
             return "a batch in the device lane runs to its end"
+        if self.plan.workers > 1:
+            return "batches are computed side by side, and do not wait for each other"
         if self.costs.knee < LEAST_KNEE:
             return (
                 f"from {self.costs.knee} tokens on a layer costs more the more it has, so batches "
@@ -156,10 +165,12 @@ class Scheduler:
         started, those who go before them, they themselves. 0 where costs are unknown."""
         if self.costs is None:
             return 0.0
-        place = place_of(jobs, now, self.costs)
+        costs, plan = self.costs, self.plan
+        place = place_of(jobs, now, costs)
         running = max(0.0, self._free_at - now)
-        budget = self.plan.max_batch_tokens
-        return running + self.queue.seconds_before(place, jobs, self.costs, budget)
+        together = self.queue.seconds_before(place, jobs, costs, plan.max_batch_tokens)
+        alone = max(job.controls.depth.mean * costs(job.tokens) for job in jobs)
+        return running + max(together / plan.workers, alone)
 
     def seconds_until_room(self, now: float, *, texts: int = 0, tokens: int = 0) -> float | None:
         """How long until so many of the waiting texts and tokens are done with, if nobody else
@@ -171,18 +182,30 @@ class Scheduler:
         if not queue:
             return running
         share = min(1.0, max(texts / len(queue), tokens / queue.tokens))
-        return running + share * queue.seconds_for_all(self.costs, budget)
+        return running + share * queue.seconds_for_all(self.costs, budget) / self.plan.workers
 
     # -- what to do next ---------------------------------------------------------------------
 
-    def next_step(self, now: float) -> Step | None:
-        """What the engine should do now; None if there is nothing to do."""
-        step = self._decide(now)
+    def next_step(self, now: float, worker: int = 0) -> Step | None:
+        """What a worker, its last step done, should do now; None if there is nothing to do."""
+        if self._shadow is not None and self._shadow.worker == worker:
+            self._shadow.worker = None
+        step = self._decide(now, worker)
+        if step is not None:
+            step.group.worker = worker
         # Noted here, because admission asks from another thread while groups change.
         if self.costs is not None:
-            left = (expected_seconds(g.inside.values(), self.costs, g.layer) for g in self.groups)
-            self._free_at = now + sum(left) + self._until_shadow_stops(self.costs, step)
+            shadow_s = self._until_shadow_stops(self.costs, step)
+            self._free_at = now + self._until_one_is_free(self.costs) + shadow_s
         return step
+
+    def _until_one_is_free(self, costs: "StepTable") -> float:
+        """Seconds until the first worker has done all that it has begun."""
+        left = [0.0] * self.plan.workers
+        for group in self.groups:
+            assert group.worker is not None  # only shadows stand aside
+            left[group.worker] += expected_seconds(group.inside.values(), costs, group.layer)
+        return min(left)
 
     def _until_shadow_stops(self, costs: "StepTable", step: Step | None) -> float:
         if step is None or not step.group.shadow:
@@ -191,17 +214,18 @@ class Scheduler:
             return self._step_s(costs, step.group.tokens)
         return expected_seconds(step.group.inside.values(), costs, step.group.layer)
 
-    def _decide(self, now: float) -> Step | None:
-        shadow = self._shadow
-        under_way = self.groups if shadow is None else [*self.groups, shadow]
+    def _decide(self, now: float, worker: int) -> Step | None:
+        mine = [group for group in self.groups if group.worker == worker]
+        shadow = self._shadow if self._shadow is not None and self._shadow.worker is None else None
+        under_way = mine if shadow is None else [*mine, shadow]
         if empty := next((group for group in under_way if not group.inside), None):
             return Step(empty)  # costs nothing: it comes to its end
         if shadow is not None and not self._can_join:
             return Step(shadow)  # in the device lane it cannot stand aside, and has to end first
         if self._in_backlog():
             return self._choose(now)
-        if self.groups:
-            return self._join(max(self.groups, key=lambda group: group.layer))
+        if mine:
+            return self._join(max(mine, key=lambda group: group.layer))
         return self._open(now) or self._run_shadow(now)
 
     def close(self, group: Group) -> None:
@@ -211,17 +235,21 @@ class Scheduler:
         else:
             self.groups.remove(group)
 
-    def let_go(self) -> int:
-        """What is under way will not go on; returns how many shadow texts are among it."""
-        shadows = len(self._shadow.inside) if self._shadow is not None else 0
-        self.groups.clear()
-        self._shadow = None
+    def let_go(self, worker: int = 0) -> int:
+        """What a worker has in hands will not go on, nor do shadow texts that stand aside; returns
+        how many of these there were."""
+        self.groups = [group for group in self.groups if group.worker != worker]
+        if self._shadow is None or self._shadow.worker not in (worker, None):
+            return 0
+        shadows, self._shadow = len(self._shadow.inside), None
         return shadows
 
     def _run_shadow(self, now: float) -> Step | None:
         """Nobody waits: the shadow batch goes on from where it stands, or a new one starts."""
+        if self.groups:
+            return None  # another worker's; whoever is done last comes here again
         if self._shadow is not None:
-            return Step(self._shadow)
+            return Step(self._shadow) if self._shadow.worker is None else None
         jobs: list[Job] = []
         tokens = 0
         while self.shadows and len(jobs) < SHADOW_TEXTS:
@@ -253,14 +281,15 @@ class Scheduler:
 
     def _form_batch(self, now: float) -> tuple[list[Job], DispatchReason]:
         """As many as fit the budget, in the order of the queue or of likeness; beyond what is
-        efficient, no more than let every member be in time."""
+        efficient, no more than let every member be in time, and leave other workers their share."""
         jobs: list[Job] = []
         tokens, limit_s = 0, float("inf")
         efficient = self.costs.efficient if self.costs else 0
-        for job in self._candidates(now):
+        budget = self._share()
+        for job in self._candidates(now, budget):
             with_it = tokens + job.tokens
-            if jobs and with_it > self.plan.max_batch_tokens:
-                return jobs, "tokens"
+            if jobs and with_it > budget:
+                return jobs, "tokens" if budget == self.plan.max_batch_tokens else "share"
             if len(jobs) == self.plan.max_batch_texts:
                 return jobs, "full"
             layer_s = min(limit_s, self._longest_layer(job, now))
@@ -271,6 +300,15 @@ class Scheduler:
                 jobs.append(job)
                 tokens, limit_s = with_it, layer_s
         return jobs, "idle"
+
+    def _share(self) -> int:
+        """Tokens that the next batch may have: the budget; with several workers one's part of all
+        that waits or is under way, so that they have about the same to do."""
+        plan = self.plan
+        if plan.workers == 1:
+            return plan.max_batch_tokens
+        inside = self.queue.tokens + sum(group.tokens for group in self.groups)
+        return min(plan.max_batch_tokens, max(LEAST_SHARE, -(-inside // plan.workers)))
 
     def _longest_layer(self, job: Job, now: float) -> float:
         """Seconds that a layer may take for a text to be in time, starting now."""
@@ -295,11 +333,11 @@ class Scheduler:
                 yield job
         yield from hopeless
 
-    def _candidates(self, now: float) -> Iterable[Job]:
+    def _candidates(self, now: float, budget: int) -> Iterable[Job]:
         """The queue's beginning, the hopeless last. Grouping puts texts forward that are like the
         first one in depth and length, but not past those that would be late if they waited for
         another batch."""
-        plan, budget = self.plan, self.plan.max_batch_tokens
+        plan = self.plan
         waiting = self._in_time_first(now)
         if not plan.group_alike or self.costs is None or self.queue.tokens <= budget:
             return waiting
@@ -354,7 +392,7 @@ class Scheduler:
             return self._join(chosen.group)
         if (step := self._open(now)) is not None:
             return step
-        return self._decide(now)  # all that waited had been given up, and is gone now
+        return self._decide(now, 0)  # all that waited had been given up, and is gone now
 
     def _options(self, costs: "StepTable", now: float) -> list["_Option"]:
         """The queue, then the groups from the shallowest on. Never empty in backlog mode: it ends
@@ -414,7 +452,7 @@ class Scheduler:
         for other in self.groups:
             if (
                 other is not group
-                and other.layer == group.layer
+                and (other.worker, other.layer) == (group.worker, group.layer)
                 and group.tokens + other.tokens <= self.plan.max_batch_tokens
                 and len(group.inside) + len(other.inside) <= self.plan.max_batch_texts
                 and self._cheaper_together(group.tokens, other.tokens)

@@ -22,6 +22,9 @@ from offramp_service.settings import Settings
 
 log = logging.getLogger(__name__)
 
+FEW_THREADS = 4
+"""With more, a text that is computed alone would wait long for its one thread."""
+
 
 class SettingsError(ValueError):
     """A setting that this checkpoint cannot honour."""
@@ -77,7 +80,8 @@ class ServedModel(DescribedModel):
 
     stack: LayerStack
     device: Device
-    torch_threads: int | None  # None: torch does not run it
+    engine_workers: int  # batches that are computed at a time
+    torch_threads: int | None  # of each; None: torch does not run it
 
     @property
     def tensor_device(self) -> Device:
@@ -94,12 +98,16 @@ def load_model(settings: Settings) -> ServedModel:
     """
     checkpoint = load_checkpoint(settings.directory)
     device, dtype = _device(settings, checkpoint), _dtype(settings, checkpoint)
-    stack = checkpoint.any_stack(dtype, device=device, threads=settings.engine_threads)
+    threads, workers = settings.engine_threads, _engine_workers(settings, device)
+    # A pool of graphs' threads is all workers': beside it each computes as well.
+    pool = threads - workers + 1 if checkpoint.backend == "onnx" else threads
+    stack = checkpoint.any_stack(dtype, device=device, threads=pool)
     return ServedModel(
         **_description(settings, checkpoint, dtype, stack.vocab_size),
         stack=stack,
         device=device,
-        torch_threads=settings.engine_threads if checkpoint.backend == "torch" else None,
+        engine_workers=workers,
+        torch_threads=threads // workers if checkpoint.backend == "torch" else None,
     )
 
 
@@ -163,6 +171,18 @@ def _device(settings: Settings, checkpoint: Checkpoint) -> Device:
     if settings.device == "cuda":
         raise SettingsError("--device cuda: torch sees no CUDA device; allowed here: auto, cpu")
     return "cpu"
+
+
+def _engine_workers(settings: Settings, device: Device) -> int:
+    """The configured number; by default one thread for each batch where there are a few cores: two
+    batches of one thread are done sooner than two, one after the other, of two threads."""
+    wanted = settings.engine_workers
+    if wanted is not None and wanted > 1 and device == "cuda":
+        raise SettingsError(
+            f"--engine-workers {wanted}: a CUDA device computes one batch at a time; allowed: 1"
+        )
+    few = device == "cpu" and settings.engine_threads <= FEW_THREADS
+    return wanted or (settings.engine_threads if few else 1)
 
 
 def _has_cuda() -> bool:

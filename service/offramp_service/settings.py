@@ -140,6 +140,13 @@ class Settings(BaseSettings):
     threads: Annotated[
         PositiveInt | None, Field(description="threads of the engine; default: usable cores")
     ] = None
+    engine_workers: Annotated[
+        PositiveInt | None,
+        Field(
+            description="batches computed at a time, among which the threads are shared out; "
+            "default: as many as threads on a CPU with up to 4 of them, else 1"
+        ),
+    ] = None
 
     # network
     hostname: Annotated[str, Field(description="address to listen on; 0.0.0.0 in containers")] = (
@@ -397,6 +404,11 @@ class Settings(BaseSettings):
         if self.max_speedup is not None and self.max_speedup < self.min_speedup:
             raise ValueError(
                 f"max_speedup {self.max_speedup} is below min_speedup {self.min_speedup}"
+            )
+        if (self.engine_workers or 1) > self.engine_threads:
+            raise ValueError(
+                f"engine_workers {self.engine_workers} leaves some without a thread; allowed is up "
+                f"to {self.engine_threads}"
             )
         if self.prometheus_port and self.prometheus_port == self.port:
             raise ValueError(f"prometheus_port {self.prometheus_port} is port; allowed is another")

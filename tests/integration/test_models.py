@@ -217,7 +217,8 @@ async def test_a_directory_that_is_watched(copied: Path, other: Path) -> None:
 
 
 def engines() -> list[threading.Thread]:
-    return [one for one in threading.enumerate() if one.name == "engine"]
+    """The first worker's thread of each."""
+    return [one for one in threading.enumerate() if one.name == "engine-0"]
 
 
 async def last_request(client: httpx.AsyncClient) -> dict[str, Any]:

@@ -99,6 +99,7 @@ def describe(pipeline: RoomPipeline) -> dict[str, Any]:
         "device": model.device,
         "backend": model.backend,
         "threads": settings.engine_threads,
+        "engine_workers": model.engine_workers,
         "max_queued_tokens": settings.max_queued_tokens,
         "max_queued_characters": settings.max_queued_characters,
         "payload_limit": settings.payload_limit,

@@ -81,10 +81,11 @@ def batcher_of(
     max_batch_texts: int = 100,
     max_texts: int = 100,
     max_queued_tokens: int = 1000,
+    workers: int = 1,
     **how: Any,
 ) -> Batcher:
     """A batcher that nobody serves yet, with wide limits."""
-    plan = Plan(max_batch_tokens, max_batch_texts)
+    plan = Plan(max_batch_tokens, max_batch_texts, workers)
     limits = Limits(max_texts, max_queued_tokens)
     batcher = Batcher(engine, Scheduler(plan), limits, metrics, **how)
     batcher.show()
@@ -130,9 +131,10 @@ def served() -> Iterator[Callable[[Batcher], Batcher]]:
     running: list[tuple[Batcher, threading.Thread]] = []
 
     def start(batcher: Batcher) -> Batcher:
-        thread = threading.Thread(target=batcher.serve, daemon=True)
-        thread.start()
-        running.append((batcher, thread))
+        for worker in range(batcher.scheduler.plan.workers):
+            thread = threading.Thread(target=batcher.serve, args=[worker], daemon=True)
+            thread.start()
+            running.append((batcher, thread))
         return batcher
 
     yield start

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -40,11 +41,11 @@ def graphs(plain: Path) -> Path:
 
 
 def test_auto_is_what_the_directory_is_for(plain: Path, graphs: Path) -> None:
-    torch_served = load_model(Settings(model_id=plain, threads=3))
+    torch_served = load_model(Settings(model_id=plain, threads=5))
     onnx_served = load_model(Settings(model_id=graphs, threads=1))
     assert (torch_served.backend, torch_served.dtype, torch_served.torch_threads) == (
         *("torch", "float32"),
-        3,
+        5,
     )
     assert (onnx_served.backend, onnx_served.dtype, onnx_served.torch_threads) == (
         *("onnx", "float32"),
@@ -54,6 +55,33 @@ def test_auto_is_what_the_directory_is_for(plain: Path, graphs: Path) -> None:
     assert onnx_served.table is not None
     assert (torch_served.table.backend, onnx_served.table.backend) == ("torch", "onnx")
     assert onnx_served.vocab_size == torch_served.vocab_size
+
+
+def test_threads_are_shared_out_among_batches(
+    plain: Path, graphs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shared(directory: Path, **settings: Any) -> tuple[int, int | None]:
+        served = load_model(Settings(model_id=directory, **settings))
+        return served.engine_workers, served.torch_threads
+
+    # As many batches as threads where there are few, one where there are many, or what was asked.
+    by_default = [shared(plain, threads=count) for count in (1, 2, 4, 5)]
+    assert by_default == [(1, 1), (2, 1), (4, 1), (1, 5)]
+    assert shared(plain, threads=8, engine_workers=3) == (3, 2)
+    assert shared(graphs, threads=2) == (2, None)
+    pools: list[int] = []
+    monkeypatch.setattr("offramp_model.onnx_stack._share", pools.append)
+    for workers in (1, 2, 4):
+        shared(graphs, threads=4, engine_workers=workers)
+    assert set(pools) == {4, 3, 1}  # each worker computes as well
+    with pytest.raises(ValueError, match="engine_workers 3 leaves some without a thread"):
+        Settings(model_id=plain, threads=2, engine_workers=3)
+
+
+def test_one_batch_at_a_time_on_a_cuda_device(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offramp_service.served_model._has_cuda", lambda: True)
+    with pytest.raises(SettingsError, match="--engine-workers 2: a CUDA device computes one"):
+        load_model(Settings(model_id=plain, threads=2, engine_workers=2))
 
 
 def test_int8_graphs_stay_on_the_cpu(graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

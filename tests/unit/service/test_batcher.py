@@ -27,7 +27,7 @@ from offramp_service.jobs import Answer, Controls, Depth, Engine, Job, Left, Tim
 from offramp_service.metrics import Metrics
 from offramp_service.quality import ExitWatch
 from offramp_service.routes.door import Patience
-from offramp_service.scheduler import MOST_SHADOWS
+from offramp_service.scheduler import LEAST_SHARE, MOST_SHADOWS
 from offramp_service.shadow import ShadowWatch
 
 fakes = load("tests/unit/service/conftest.py")
@@ -477,9 +477,14 @@ async def _storm(rng: random.Random) -> None:
         "max_texts": 12,
         "max_queued_tokens": 30,
     }
-    batcher = fakes.batcher_of(engine, metrics, **limits)
-    thread = threading.Thread(target=batcher.serve, daemon=True)
-    thread.start()
+    workers = rng.randint(1, 3)
+    batcher = fakes.batcher_of(engine, metrics, workers=workers, **limits)
+    threads = [
+        threading.Thread(target=batcher.serve, args=[worker], daemon=True)
+        for worker in range(workers)
+    ]
+    for thread in threads:
+        thread.start()
     admitted_and_answered = 0
 
     async def client(number: int) -> None:
@@ -510,8 +515,10 @@ async def _storm(rng: random.Random) -> None:
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(one is None or isinstance(one, asyncio.CancelledError) for one in results), results
     batcher.close()
-    await asyncio.to_thread(thread.join, 10)
-    assert not thread.is_alive()
+    for thread in threads:
+        await asyncio.to_thread(thread.join, 10)
+        assert not thread.is_alive()
+    assert not batcher.busy
     assert batcher.unanswered == 0
     model = {"model_name": "tiny", "model_version": "1"}
     for gauge in ("queue_requests", "queue_tokens", "queue_layer_work"):
@@ -520,6 +527,79 @@ async def _storm(rng: random.Random) -> None:
         metrics.registry.get_sample_value("offramp_samples_total", model) >= admitted_and_answered
     )
     assert len(engine.computed) == len(set(engine.computed)), "a text was computed twice"
+
+
+# -- several workers -------------------------------------------------------------------------------
+
+
+async def test_one_request_is_shared_out_among_workers(
+    make_batcher: MakeBatcher, served: Serve, read: Read
+) -> None:
+    engine = fakes.GatedEngine()
+    batcher = served(make_batcher(engine, workers=2))
+    jobs = [fakes.job(number, tokens=LEAST_SHARE) for number in range(4)]
+    task = asyncio.create_task(fakes.ask(batcher, jobs))
+    await until(lambda: len(engine.batches) == 2)  # nothing but the first woke the second
+    engine.gate.release(4)
+    assert labels(await task) == [0, 1, 2, 3]
+    assert sorted(engine.batches) == [[0, 1], [2, 3]]
+    assert read("batch_dispatch_total", reason="share") == 1
+    await until(lambda: not batcher.busy)
+
+
+async def test_a_second_of_the_engine_is_one_of_all_its_workers(metrics: Metrics) -> None:
+    now = 0.0
+
+    def engine(jobs: list[Job]):
+        nonlocal now
+        now += 6.0
+        yield Left(4, len(jobs), [(index, fakes.answer_to(job)) for index, job in enumerate(jobs)])
+
+    batcher = fakes.batcher_of(engine, metrics, workers=3, clock=lambda: now)
+    thread = threading.Thread(target=batcher.serve, args=[2], daemon=True)
+    thread.start()
+    await fakes.ask(batcher, [fakes.job(1)])
+    batcher.close()
+    await asyncio.to_thread(thread.join, 10)
+    assert batcher.load.busy_s == pytest.approx(2.0)
+    assert batcher.load.layers_run == 4
+
+
+async def test_a_worker_that_crashes_takes_nobody_elses_texts_along(
+    make_batcher: MakeBatcher,
+) -> None:
+    gate, entered = threading.Event(), threading.Event()
+
+    def engine(jobs: list[Job]):
+        if jobs[0].ids[0] == 1:
+            raise SystemExit
+        entered.set()
+        assert gate.wait(20)
+        yield Left(4, len(jobs), [(index, fakes.answer_to(job)) for index, job in enumerate(jobs)])
+
+    batcher = make_batcher(engine, workers=2)
+    healthy = threading.Thread(target=batcher.serve, args=[1], daemon=True)
+    healthy.start()
+    inside = asyncio.create_task(fakes.ask(batcher, [fakes.job(2)]))
+    await until(entered.is_set)
+    doomed = asyncio.create_task(fakes.ask(batcher, [fakes.job(1)]))
+    await asyncio.sleep(0)
+    crashing = threading.Thread(target=_until_it_dies, args=[batcher])
+    crashing.start()
+    await asyncio.to_thread(crashing.join, 10)
+    waiting = asyncio.create_task(fakes.ask(batcher, [fakes.job(3)]))
+    await asyncio.sleep(0)
+    await asyncio.to_thread(batcher.let_go, 0)
+    with pytest.raises(EngineFailed, match="crashed"):
+        await doomed
+    assert not inside.done()
+    assert not waiting.done()
+    gate.set()
+    assert labels(await inside) == [2]
+    assert labels(await waiting) == [3]
+    batcher.close()
+    await asyncio.to_thread(healthy.join, 10)
+    assert not healthy.is_alive()
 
 
 # -- second runs -----------------------------------------------------------------------------------

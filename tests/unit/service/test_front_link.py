@@ -43,8 +43,10 @@ messages = st.one_of(
         st.lists(st.tuples(st.lists(st.integers(0, 30_000)), st.lists(st.integers(0, 1)))),
         st.lists(st.just(CONTROLS), max_size=2),
     ),
-    st.builds(Cancel, st.integers(0)),
-    st.builds(Fetched, st.integers(0), st.integers(100, 599), st.just([(b"a", b"b")]), st.binary()),
+    st.builds(Cancel, st.integers(0, 2**40)),
+    st.builds(
+        Fetched, st.integers(0, 2**40), st.integers(100, 599), st.just([(b"a", b"b")]), st.binary()
+    ),
     st.builds(Holds, st.dictionaries(st.text(), st.lists(st.text()))),
     st.builds(Leave, st.floats(allow_nan=False)),
     st.just(State("draining", [ModelState("m", "sha", 7, 2.0, 1.5, 0.9)])),

@@ -16,6 +16,7 @@ from offramp_service import job_queue
 from offramp_service.job_queue import HORIZON_S
 from offramp_service.jobs import Answer, Controls, Depth, Job, Left
 from offramp_service.scheduler import (
+    LEAST_SHARE,
     MOST_GROUPS,
     MOST_SHADOWS,
     SHADOW_TEXTS,
@@ -465,6 +466,141 @@ def test_shadow_texts_are_few_and_nobody_listens_to_those_of_a_closed_service() 
         job.waiter = type("Gone", (), {"abandoned": True})()
     assert it.next_step(0.0) is None
     assert not it.shadows
+
+
+# -- several workers -------------------------------------------------------------------------------
+
+
+def test_workers_share_what_waits() -> None:
+    it = scheduler(workers=2)
+    add(it, *(text(32) for _ in range(20)))
+    first, second = it.next_step(0.0, 0), it.next_step(0.0, 1)
+    assert first is not None
+    assert second is not None
+    assert [len(step.group.jobs) for step in (first, second)] == [10, 10]
+    assert (first.opened, second.opened) == ("share", "idle")
+    # Half of all there is, whoever has it: what one has much of, it gets less of.
+    leave(second.group, 1, *range(8))
+    add(it, *(text(32) for _ in range(8)))
+    leave(second.group, 2, 8, 9)
+    ends = it.next_step(0.0, 1)
+    assert ends is not None
+    it.close(ends.group)
+    third = it.next_step(0.0, 1)
+    assert third is not None
+    assert len(third.group.jobs) == 8  # (10 + 8) / 2 would be 9
+
+
+def test_a_few_texts_are_not_torn_apart() -> None:
+    it = scheduler(workers=2)
+    add(it, *(text(LEAST_SHARE // 4) for _ in range(4)))
+    step = it.next_step(0.0, 0)
+    assert step is not None
+    assert len(step.group.jobs) == 4
+    assert it.next_step(0.0, 1) is None
+
+
+def test_a_worker_goes_on_with_its_own_batch() -> None:
+    it = scheduler(FLAT, workers=2, merge_backlog=True)
+    add(it, *(text(100) for _ in range(40)))
+    opened = [it.next_step(0.0, worker) for worker in (0, 1)]
+    for step in opened:
+        assert step is not None
+        leave(step.group, 1)
+    # At the same exit, with a backlog, and yet nobody joins or waits.
+    assert "side by side" in (it.why_not_merging or "")
+    for worker in (1, 0, 0, 1):
+        step, mine = it.next_step(0.0, worker), opened[worker]
+        assert step is not None
+        assert mine is not None
+        assert (step.group, step.opened, step.joined) == (mine.group, None, None)
+
+
+def test_with_several_workers_a_text_waits_for_the_first_that_is_free() -> None:
+    it = scheduler(LINEAR, workers=2)
+    alone = 6 * LINEAR(100)
+    assert it.seconds_until_answered([text(100)], 0.0) == pytest.approx(alone)
+    add(it, text(400))
+    it.next_step(0.0, 0)
+    assert it.seconds_until_answered([text(100)], 0.0) == pytest.approx(alone)  # the other is idle
+    add(it, text(200))
+    it.next_step(0.0, 1)
+    assert it.seconds_until_answered([text(100)], 0.0) == pytest.approx(6 * LINEAR(200) + alone)
+    # Those that wait are computed by two; the last text needs its time all the same.
+    add(it, *(text(100) for _ in range(4)))
+    waiting = it.seconds_until_answered([text(100)], 0.0) - 6 * LINEAR(200)
+    assert waiting == pytest.approx(6 * LINEAR(500) / 2)
+    assert it.seconds_until_room(0.0, texts=4) == pytest.approx(6 * LINEAR(200) + 3 * LINEAR(400))
+
+
+def test_a_shadow_batch_is_run_by_whoever_is_done_last() -> None:
+    it = scheduler(workers=2)
+    it.add_shadow(text(16))
+    shadow = it.next_step(0.0, 1)
+    assert shadow is not None
+    assert shadow.group.shadow
+    assert it.next_step(0.0, 0) is None  # the other has it in hands
+    leave(shadow.group, 1)
+    add(it, text(16))
+    theirs = it.next_step(0.0, 0)
+    assert theirs is not None
+    assert not theirs.group.shadow
+    assert it.next_step(0.0, 1) is None  # stands aside while a client's text is under way
+    leave(theirs.group, LAYERS, 0)
+    assert it.next_step(0.0, 1) is None
+    it.close(theirs.group)
+    resumed = it.next_step(0.0, 0)
+    assert resumed is not None
+    assert resumed.group is shadow.group
+    assert it.next_step(0.0, 1) is None
+
+
+def test_what_a_worker_had_in_hands_is_let_go_and_nothing_else() -> None:
+    it = scheduler(workers=2)
+    add(it, *(text(LEAST_SHARE) for _ in range(3)))
+    steps = [it.next_step(0.0, worker) for worker in (0, 1)]
+    assert it.let_go(0) == 0
+    assert [group.worker for group in it.groups] == [1]
+    assert len(it.queue) == 1
+    again = it.next_step(0.0, 1)
+    assert again is not None
+    assert steps[1] is not None
+    assert again.group is steps[1].group
+    assert it.next_step(0.0, 0) is not None
+
+
+@given(
+    st.integers(2, 4),
+    st.lists(st.tuples(st.integers(1, 200), st.integers(1, LAYERS)), max_size=40),
+    st.randoms(use_true_random=False),
+)
+def test_with_several_workers_every_text_ends_once_and_none_is_idle_while_one_waits(
+    workers: int, sizes: list[tuple[int, int]], rng: random.Random
+) -> None:
+    it = scheduler(workers=workers)
+    coming = [text(tokens) for tokens, _ in sizes]
+    ends_at = {job: layer for job, (_, layer) in zip(coming, sizes, strict=True)}
+    computing: dict[int, Group] = {}
+    left: list[Job] = []
+    while coming or it.queue or it.groups:
+        while coming and rng.random() < 0.4:
+            add(it, coming.pop())
+        worker = rng.randrange(workers)
+        if (group := computing.pop(worker, None)) is not None:
+            if not group.inside:
+                it.close(group)
+            else:
+                layer = group.layer + 1
+                out = [place for place, job in group.inside.items() if ends_at[job] <= layer]
+                left += [group.jobs[place] for place in out]
+                leave(group, layer, *out)
+        if (step := it.next_step(0.0, worker)) is not None:
+            assert all(step.group is not other for other in computing.values())
+            assert step.joined is None
+            computing[worker] = step.group
+        else:
+            assert not it.queue
+    assert sorted(map(id, left)) == sorted(map(id, ends_at))
 
 
 # -- whole runs ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Turns on one device: one at a time, and whoever has used it least is next."""
+"""Turns on one device: one at a time, or as many as share it, and whoever used it least is next."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from offramp_service.turns import Device
+from offramp_service.turns import Device, Turn
 
 
 def run(device: Device, costs_s: dict[str, float], *, seconds: float) -> dict[str, float]:
@@ -50,6 +50,39 @@ def test_who_was_idle_has_no_claim_to_the_past() -> None:
     with late:
         now[0] += 0.5
     assert late.used_s == pytest.approx(9.5)  # where the other stood when its last turn began
+
+
+def test_threads_that_share_the_device_have_it_together_and_nobody_beside_one_who_does_not() -> (
+    None
+):
+    device = Device()
+    whole, halves = device.turn(), [device.turn(sharing=2) for _ in range(3)]
+    inside: set[str] = set()
+    seen: list[set[str]] = []
+    both = threading.Barrier(2)
+
+    def take(turn: Turn, name: str, meeting: threading.Barrier | None) -> None:
+        with turn:
+            inside.add(name)
+            if meeting is not None:
+                meeting.wait(20)  # they cannot get here one after the other
+            seen.append(set(inside))
+            time.sleep(0.01)
+            inside.discard(name)
+
+    jobs = [(halves[0], "a", both), (halves[1], "b", both), (whole, "whole", None)]
+    jobs.append((halves[2], "c", None))
+    threads = [threading.Thread(target=take, args=job) for job in jobs]
+    for one in threads:
+        one.start()
+        time.sleep(0.005)
+    for one in threads:
+        one.join(20)
+        assert not one.is_alive()
+    assert {"a", "b"} in seen
+    assert {"whole"} in seen
+    assert all(len(names) == 1 or "whole" not in names for names in seen)
+    assert all(len(names) <= 2 for names in seen)
 
 
 def test_an_error_gives_the_device_back() -> None:

@@ -155,7 +155,7 @@ _SORTED = _with(
 _OFFRAMP = _with(
     {"threads": 2, "max_batch_tokens": 2048},
     {"max_batch_tokens": 1024},
-    {"threads": 1},
+    {"engine_workers": 1},
     {"warmup": True, "group_batches": True},
 )
 

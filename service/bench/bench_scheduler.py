@@ -123,7 +123,7 @@ def measured(args: argparse.Namespace, directory: Path) -> Setting:
     threads = usable_cores()
     stack = checkpoint.any_stack(checkpoint.dtype, threads=threads)
     table = checkpoint.table(policy.name, backend=checkpoint.backend, dtype=checkpoint.dtype)
-    engine = Engine(stack, policy, threads=threads if checkpoint.backend == "torch" else 1)
+    engine = Engine(stack, policy, torch_threads=threads if checkpoint.backend == "torch" else None)
     engine.warm_up(model.max_length)
     costs = engine.measure(args.max_batch_tokens, model.max_length, repeats=9, budget_s=20)
     depths = [

@@ -21,8 +21,10 @@ import os
 import platform
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -73,6 +75,7 @@ class Subject:
     null: ServerProcess
     app: FastAPI  # with the null engine, in this process
     engine: Engine
+    workers: ThreadPoolExecutor  # its threads
     speedups: tuple[float, ...]
 
     @property
@@ -117,16 +120,26 @@ def make_jobs(subject: Subject, speedup: float) -> list[Job]:
 
 def run_through(subject: Subject, jobs: Sequence[Job]) -> None:
     """All texts queued at once: the scheduler's batches, the batcher's steps, nobody to answer."""
-    scheduler = Scheduler(subject.pipeline.batcher.scheduler.plan)
+    scheduler, lock = Scheduler(subject.pipeline.batcher.scheduler.plan), threading.Lock()
     scheduler.add(jobs, 0.0)
-    while (step := scheduler.next_step(0.0)) is not None:
-        group = step.group
-        if step.opened is not None:
-            group.course = subject.engine(group.jobs)
-        if (left := next(group.course, None)) is None:
-            scheduler.close(group)
-        else:
-            group.passed(left)
+
+    def work(worker: int) -> None:
+        while True:
+            with lock:
+                step = scheduler.next_step(0.0, worker)
+            if step is None:
+                return
+            group = step.group
+            if step.opened is not None:
+                group.course = subject.engine(group.jobs)
+            if (left := next(group.course, None)) is None:
+                with lock:
+                    scheduler.close(group)
+            else:
+                group.passed(left)
+
+    for _ in subject.workers.map(work, range(scheduler.plan.workers)):
+        pass
 
 
 def engine_alone(subject: Subject, speedup: float, seconds: float) -> Figures:
@@ -405,16 +418,23 @@ def run(arguments: argparse.Namespace) -> Figures:
     model = load_model(settings)
     flags = ["--model-id", str(arguments.checkpoint), "--port", "0", "--log-level", "warning"]
     here = Path(__file__).parent
+    engine = Engine(model.stack, model.policy, torch_threads=model.torch_threads)
+
+    def warm_up() -> None:
+        engine.warm_up(model.max_input_length)
+
     with (
         serving([sys.executable, "-m", "offramp_service", *flags]) as service,
         serving([sys.executable, str(here / "null_engine.py"), *flags]) as null,
+        ThreadPoolExecutor(model.engine_workers, initializer=warm_up) as workers,
     ):
         subject = Subject(
             texts=[row.text for row in load_split(arguments.data, arguments.split).rows],
             service=service,
             null=null,
             app=create_app(settings, model, computes=_null_engine(model)),
-            engine=_engine(model),
+            engine=engine,
+            workers=workers,
             speedups=(1.0, arguments.speedup),
         )
         load_before = os.getloadavg()
@@ -424,18 +444,13 @@ def run(arguments: argparse.Namespace) -> Figures:
         "machine": machine() | {"load_average": [load_before, os.getloadavg()]},
         "backend": f"{model.backend} {model.dtype}",
         "engine_threads": settings.engine_threads,
+        "engine_workers": model.engine_workers,
         **figures,
     }
 
 
 def _null_engine(model: ServedModel) -> NullEngine:
     return NullEngine(model.num_layers, len(model.config.labels))
-
-
-def _engine(model: ServedModel) -> Engine:
-    engine = Engine(model.stack, model.policy, torch_threads=model.torch_threads)
-    engine.warm_up(model.max_input_length)
-    return engine
 
 
 def _command() -> str:

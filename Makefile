@@ -139,6 +139,11 @@ bench-serve: $(INSTALLED) ## the service against its parts: rows per second, lat
 	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8
 	$(BIN)/python service/bench/bench_serve.py $(SST2)-int8 --data $(SST2_DATA) --json docs/results/serve.json
 
+bench-workers: $(INSTALLED) ## batches side by side against one at a time, in int8 and in torch
+	test -e $(SST2)-int8/offramp.json || \
+	  $(BIN)/offramp-train export $(SST2) --format onnx --quantize int8 --data $(SST2_DATA) --output $(SST2)-int8
+	$(BIN)/python service/bench/bench_workers.py $(SST2)-int8 $(SST2) --data $(SST2_DATA) --json docs/results/workers.json
+
 bench-load: $(INSTALLED) ## how much load one process of the generator offers and is still on time
 	$(BIN)/python loadtest/bench/bench_generator.py --json docs/results/loadtest.json
 

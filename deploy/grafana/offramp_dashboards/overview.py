@@ -203,8 +203,8 @@ QUEUE = Row(
         ),
         Lines(
             title="Why batches start",
-            question="What ends the forming of batches? `idle` is an empty queue; `tokens` and "
-            "`full` are load.",
+            question="What ends the forming of batches? `idle` is an empty queue, `share` leaves "
+            "some to another worker; `tokens` and `full` are load.",
             queries=[
                 Query(
                     "sum by (reason) (rate(offramp_batch_dispatch_total{$sel}[$__rate_interval]))",

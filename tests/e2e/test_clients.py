@@ -132,6 +132,7 @@ def test_vllms_users(address: str, expected: np.ndarray[Any, Any]) -> None:
             assert found == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_nothing_that_the_document_allows_makes_the_service_fail(
     address: str, tmp_path: Path

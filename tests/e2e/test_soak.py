@@ -7,12 +7,13 @@ import pytest
 
 from loading import load
 
-# A quarter of a minute is too short for allocators to have seen everything; `make soak` is not.
+# Twenty seconds are too short for allocators to have seen everything; `make soak` is not.
 MEMORY_MAY_GROW = 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
-def test_ten_seconds_of_everything(
+def test_twenty_seconds_of_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     support, soak = load("tests/unit/service/support.py"), load("service/bench/soak.py")
@@ -21,7 +22,7 @@ def test_ten_seconds_of_everything(
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(support.random_texts(40, seed=5)))
     capsys.readouterr()
-    code = soak.main([str(checkpoint), "--texts", str(texts), "--seconds", "10"])
+    code = soak.main([str(checkpoint), "--texts", str(texts), "--seconds", "20"])
     report = json.loads(capsys.readouterr().out)
     assert report["violations_shown"] == []
     assert code == 0

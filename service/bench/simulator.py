@@ -4,7 +4,8 @@
 pretended. A layer takes what a cost table says, a text leaves at the layer that was drawn for it
 beforehand, whatever becomes of its batch, and a client is gone at its deadline. So a run of hours
 takes seconds, and the same seed gives the same run. Behind a `Front`, the service's SLO controller
-decides at admission how deep a text may go.
+decides at admission how deep a text may go. Several workers do not slow each other down: the cost
+table is of one beside which the others compute.
 
 It knows no threads, tensors or HTTP. What the front costs (tokenisation, the event loop) is not in
 it.
@@ -193,6 +194,17 @@ class SimulatedCourse:
         self._world.spend(self._device.moving(self._carried))
 
 
+@dataclass(slots=True)
+class _Worker:
+    """What it is at, when that ends, and what will have come of it."""
+
+    number: int
+    step: Step | None = None
+    began: float = 0.0
+    ends: float = 0.0
+    left: Left | None = None
+
+
 class Simulation:
     """One run: traffic in, outcome out."""
 
@@ -216,6 +228,8 @@ class Simulation:
         self._texts = dict(self._traffic)
         self._come = 0
         self._last_ran: dict[Group, float] = {}
+        self._workers = [_Worker(number) for number in range(plan.workers)]
+        self._spent = 0.0  # by the step that is being started
 
     def offer(self, number: int, text: Text) -> None:
         """A text more, that comes after all others. For who deals texts out as they come."""
@@ -237,18 +251,30 @@ class Simulation:
         return self.outcome
 
     def _go_on(self) -> bool:
+        """Somebody takes a step; or, if nobody can, time passes until a step ends or a text comes
+        for whom there is somebody."""
         self._admit()
-        step = self._scheduler.next_step(self.now)
-        if step is not None:
-            (self._carry_out_shadow if step.group.shadow else self._carry_out)(step)
-        elif self._come < len(self._traffic):
-            self.now = self._traffic[self._come][1].arrives
+        idle = [worker for worker in self._workers if worker.step is None]
+        for worker in idle:
+            step = self._scheduler.next_step(self.now, worker.number)
+            if step is not None:
+                (self._begin_shadow if step.group.shadow else self._begin)(worker, step)
+                return True
+        busy = [worker for worker in self._workers if worker.step is not None]
+        first = min(busy, key=lambda worker: worker.ends, default=None)
+        comes = self._traffic[self._come][1].arrives if self._come < len(self._traffic) else None
+        if idle and comes is not None and (first is None or comes < first.ends):
+            self.now = comes
+        elif first is not None:
+            self.now = first.ends
+            self._admit()  # who came meanwhile came before who leaves now
+            self._end(first)
         else:
             return False
         return True
 
     def spend(self, seconds: float) -> None:
-        self.now += seconds
+        self._spent += seconds
 
     def leaves_at(self, job: Job) -> int:
         number = self.numbers.get(job)
@@ -304,9 +330,29 @@ class Simulation:
         self.numbers[job] = number
         return job
 
-    def _carry_out(self, step: Step) -> None:
+    def _start(self, worker: _Worker, step: Step) -> None:
+        """Let it run to its next exit; what comes of it is seen when that time has passed."""
+        self._spent = 0.0
+        if step.joined is not None:
+            step.group.course.take_in(step.joined.course)
+        worker.step, worker.left = step, next(step.group.course, None)
+        worker.began, worker.ends = self.now, self.now + self._spent
+
+    def _end(self, worker: _Worker) -> None:
+        step, left = worker.step, worker.left
+        assert step is not None
+        worker.step = None
+        self._last_ran[step.group] = self.now
+        if left is None:
+            self._scheduler.close(step.group)
+        elif step.group.shadow:
+            self._end_shadow(step.group, left, self.now - worker.began)
+        else:
+            self._hand_out(step.group, left, self.now - worker.began)
+
+    def _begin(self, worker: _Worker, step: Step) -> None:
         """As the batcher does."""
-        group, outcome, started = step.group, self.outcome, self.now
+        group, outcome = step.group, self.outcome
         if step.opened is not None:
             outcome.starts += [self.numbers[job] for job in group.jobs]
             group.course = SimulatedCourse(self, group.jobs)
@@ -314,18 +360,14 @@ class Simulation:
             if waited is not None and waited in self._last_ran:
                 pause = self.now - self._last_ran[waited]
                 outcome.longest_pause_s = max(outcome.longest_pause_s, pause)
-        if step.joined is not None:
-            outcome.joined += 1
-            group.course.take_in(step.joined.course)
-        left = next(group.course, None)
-        self._last_ran[group] = self.now
-        self._admit()  # who came meanwhile came before who leaves now
-        if left is None:
-            self._scheduler.close(group)
-            return
+        outcome.joined += step.joined is not None
+        self._start(worker, step)
+
+    def _hand_out(self, group: Group, left: Left, seconds: float) -> None:
+        outcome = self.outcome
         if self._front is not None:
             layers = left.texts_run * (left.exit_layer - group.layer)
-            self._front.worked(layers, self.now - started)
+            self._front.worked(layers, seconds / len(self._workers))
         group.passed(left)
         for place, _ in left.answers:
             job = group.jobs[place]
@@ -348,18 +390,18 @@ class Simulation:
         again.waiter, again.index, again.queued_at, again.deadline = _Nobody(), 0, self.now, None
         self.outcome.shadows_dropped += not self._scheduler.add_shadow(again)
 
-    def _carry_out_shadow(self, step: Step) -> None:
-        group, outcome, began = step.group, self.outcome, self.now
+    def _begin_shadow(self, worker: _Worker, step: Step) -> None:
+        group = step.group
         if group.inside:  # else it only comes to its end, which costs nothing
             assert not self._scheduler.queue, "a shadow ran while a client's text waited"
             assert not self._scheduler.groups, "a shadow ran while a client's text was under way"
         if step.opened is not None:
             group.course = SimulatedCourse(self, group.jobs)
-        left = next(group.course, None)
-        if left is None:
-            self._scheduler.close(group)
-            return
-        outcome.longest_shadow_s = max(outcome.longest_shadow_s, self.now - began)
+        self._start(worker, step)
+
+    def _end_shadow(self, group: Group, left: Left, seconds: float) -> None:
+        outcome = self.outcome
+        outcome.longest_shadow_s = max(outcome.longest_shadow_s, seconds)
         outcome.shadows_compared += len(left.answers)
         group.passed(left)
 

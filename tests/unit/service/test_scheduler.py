@@ -614,6 +614,7 @@ PLANS = st.builds(
     Plan,
     max_batch_tokens=st.sampled_from([64, 256, 1024]),
     max_batch_texts=st.sampled_from([2, 16, 64]),
+    workers=st.sampled_from([1, 1, 2, 3]),
     group_alike=st.booleans(),
     merge_backlog=st.booleans(),
 )
@@ -634,7 +635,9 @@ def simulate(world: dict, count: int = 120, **how: float) -> tuple:
     costs, exits, plan = TABLES[world["table"]], world["exits"], world["plan"]
     device = sim.Device(costs, exits, move_s=1e-5, move_token_s=1e-8)
     full = min(plan.max_batch_tokens / 30, plan.max_batch_texts)
-    rate = world["load"] * full / (4 * costs(full * 30))  # of what full batches could do, roughly
+    rate = (
+        plan.workers * world["load"] * full / (4 * costs(full * 30))
+    )  # of what full batches could do, roughly
     traffic = sim.poisson(
         random.Random(world["seed"]),
         rate,

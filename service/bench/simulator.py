@@ -4,8 +4,7 @@
 pretended. A layer takes what a cost table says, a text leaves at the layer that was drawn for it
 beforehand, whatever becomes of its batch, and a client is gone at its deadline. So a run of hours
 takes seconds, and the same seed gives the same run. Behind a `Front`, the service's SLO controller
-decides at admission how deep a text may go. Several workers do not slow each other down: the cost
-table is of one beside which the others compute.
+decides at admission how deep a text may go. Several workers do not slow each other down here.
 
 It knows no threads, tensors or HTTP. What the front costs (tokenisation, the event loop) is not in
 it.

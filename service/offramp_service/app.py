@@ -1,8 +1,8 @@
 """`create_app(settings)`: the application of the process with the engine; wiring and lifespan only.
 
 Life of a request: a door in `routes/` reads it → `batcher` admits it → `pipeline` tokenises →
-`batcher` queues it → `scheduler` says when, and with whom → `engine`, in its own thread, runs the
-layers and answers each text where it leaves → the door words the response.
+`batcher` queues it → `scheduler` says when, and with whom → `engine`, in threads of its own, runs
+the layers and answers each text where it leaves → the door words the response.
 """
 
 import asyncio

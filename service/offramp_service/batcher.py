@@ -324,21 +324,17 @@ class Batcher:
             if not batch.answered(job.index):
                 batch.fail(failure)
 
-    def _fail_lost(self, failure: ServiceError) -> None:
-        """Of those who are unanswered, all who have a text that neither waits nor is in a worker's
-        hands."""
+    def _lost(self) -> list[Job]:
+        """The unanswered texts that neither wait nor are in a worker's hands."""
         with self._changed:
             queue, groups = self.scheduler.queue, self.scheduler.groups
-            safe = {job for group in groups for job in group.inside.values()}
-            taken = [
-                batch
+            inside = {job for group in groups for job in group.inside.values()}
+            return [
+                job
                 for batch in self._open
-                if not all(
-                    batch.answered(job.index) or job in queue or job in safe for job in batch.jobs
-                )
+                for job in batch.jobs
+                if not (batch.answered(job.index) or job in queue or job in inside)
             ]
-        for batch in taken:
-            batch.fail(failure)
 
     # -- engine thread -----------------------------------------------------------------------
 
@@ -360,14 +356,20 @@ class Batcher:
         is computed by then."""
         told = threading.Event()
 
-        def tell() -> None:
-            self._fail_lost(EngineFailed("the engine crashed on this batch"))
+        def look() -> None:
+            # Texts that have just left another worker's hands look lost as well. Their answers are
+            # on the way already, and come before what is called from here.
+            lost = self._lost()
+            asyncio.get_running_loop().call_soon(tell, lost)
+
+        def tell(lost: Sequence[Job]) -> None:
+            self._finish(lost, EngineFailed("the engine crashed on this batch"))
             told.set()
 
         with self._changed:
             shadows = self.scheduler.let_go(worker)
         self._metrics.shadows_dropped(shadows)
-        self._post(tell)
+        self._post(look)
         told.wait(_TELLING_S)
 
     def go_on_with(self, engine: Engine) -> None:
@@ -383,6 +385,8 @@ class Batcher:
                     if self.scheduler.queue:
                         self._changed.notify()  # another worker's share
                     return step
+                # A shadow batch that it left standing is in nobody's hands.
+                self._busy_since.pop(worker, None)
                 self._changed.wait()
 
     def _carry_out(self, step: Step, worker: int) -> None:

@@ -1,8 +1,8 @@
 """The engine: computes a batch of texts on the device and says who leaves where.
 
-It owns the device. It runs in one thread, which is not started here, and turns what
-`layer_loop` yields into plain answers; a text that leaves early is yielded while the rest of its
-batch is still running.
+It owns the device. It runs in one thread or, each with a batch of its own, in several, which are
+not started here, and turns what `layer_loop` yields into plain answers; a text that leaves early is
+yielded while the rest of its batch is still running.
 It knows nothing about queues, futures, clients or time; torch is its stack's matter, and not loaded
 here for one that needs none.
 """
@@ -49,7 +49,8 @@ def _by_sigmoid(leavers: Leavers) -> tuple[Array, Array]:
 
 
 class Engine:
-    """One stack of layers, called with a batch at a time; `torch_threads` where torch runs it."""
+    """One stack of layers, called with a batch at a time by each thread; `torch_threads` of each
+    where torch runs it."""
 
     def __init__(
         self, stack: LayerStack, policy: ExitPolicy, *, torch_threads: int | None = None
@@ -76,9 +77,9 @@ class Engine:
         turn: AbstractContextManager[None] | None = None,
     ) -> StepTable:
         """What a layer costs by the tokens of a batch: whole passes without early exits, with their
-        embedding and heads, over their depth. Takes about `budget_s` seconds; each pass has the
-        device to itself, in a `turn` where others compute as well. Call it when warm, in the
-        engine's thread."""
+        embedding and heads, over their depth. Takes about `budget_s` seconds; each pass takes a
+        `turn` where others compute as well. What other threads of this engine cost it when they
+        compute beside is not in it. Call it when warm, in the engine's thread."""
         time_layer = layer_timer(
             *(self._loop, self._stack.num_layers), longest=max_length, most_rows=MAX_ROWS
         )

@@ -9,6 +9,7 @@ is told. It knows engine and batcher, and no HTTP.
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from offramp_service.batcher import Batcher
@@ -40,7 +41,7 @@ class EngineThreads:
             for worker in range(workers)
         ]
         self._crash = threading.Lock()  # one at a time
-        self._crashed = False
+        self._rebuilds = 0
         self.rebuilding = False
 
     @property
@@ -58,10 +59,11 @@ class EngineThreads:
             await self._warm
 
     def join(self, timeout_s: float) -> None:
-        """Wait for their end, so long for each."""
+        """Wait for their end, so long for all."""
+        until = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join(timeout_s)
+                thread.join(max(0.0, until - time.monotonic()))
 
     def _run(self, worker: int) -> None:
         try:
@@ -77,18 +79,24 @@ class EngineThreads:
             self._loop.call_soon_threadsafe(self._died)
 
     def _serve(self, worker: int) -> None:
-        try:
-            return self._batcher.serve(worker)
-        except BaseException:
-            with self._crash:
-                if self._crashed:
-                    raise
-                log.critical("the engine crashed, and is built anew once", exc_info=True)
-                self._build_anew(worker)
-        return self._batcher.serve(worker)
+        while True:
+            try:
+                return self._batcher.serve(worker)
+            except BaseException:
+                rebuilds = self._rebuilds
+                with self._crash:
+                    if rebuilds < self._rebuilds:  # while another worker's crash was dealt with
+                        log.critical("it crashed another worker as well", exc_info=True)
+                        self._batcher.let_go(worker)
+                    elif rebuilds > 0:
+                        raise
+                    else:
+                        log.critical("the engine crashed, and is built anew once", exc_info=True)
+                        self._build_anew(worker)
 
     def _build_anew(self, worker: int) -> None:
-        self._crashed = self.rebuilding = True
+        self.rebuilding = True
         self._batcher.let_go(worker)
         self._batcher.go_on_with(self._rebuild())
+        self._rebuilds += 1
         self.rebuilding = False

@@ -79,16 +79,17 @@ class JobQueue:
         # Sums of floats drift; an empty queue holds no work.
         self.layers = self.layers - job.controls.depth.mean if self._entries else 0.0
 
-    def seconds_before(
+    def work_before(
         self, latest_start: float, jobs: Sequence[Job], seconds: LayerSeconds, budget: int
-    ) -> float:
-        """How long it takes to compute `jobs` and all that stands before them, at best: in batches
-        as large as the token budget and what is there allow."""
+    ) -> tuple[float, int]:
+        """How long it takes one worker to compute `jobs` and all that stands before them, at best:
+        in batches as large as the token budget and what is there allow; and how many tokens that
+        are."""
         end = bisect_right(self._entries, (latest_start, self._arrivals))
         counted = [*(job for _, _, job in self._entries[:end]), *jobs]
         tokens = sum(job.tokens for job in counted)
         work = sum(job.tokens * job.controls.depth.mean for job in counted)
-        return _in_full_batches(work, tokens, seconds, budget)
+        return _in_full_batches(work, tokens, seconds, budget), tokens
 
     def seconds_for_all(self, seconds: LayerSeconds, budget: int) -> float:
         """How long all that waits takes, at about the same cost for each text whatever its size:

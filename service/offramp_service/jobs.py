@@ -11,8 +11,8 @@ from typing import Any, Literal, Protocol
 
 ExitReason = Literal["criterion", "final", "forced"]
 DispatchReason = Literal["full", "tokens", "share", "deadline", "idle"]
-"""What ended the forming of a batch: its texts, its tokens, a member's deadline, or an empty
-queue."""
+"""What ended the forming of a batch: its texts, its tokens, its share where other workers are to
+have some as well, a member's deadline, or an empty queue."""
 
 LEAST_PRIORITY, MOST_PRIORITY = -100, 100
 """The lower, the sooner; 0 where nobody says."""
@@ -169,5 +169,6 @@ class Course(Protocol):
         ...
 
 
-# Takes a batch in. Runs in the engine thread only, like what it returns.
+# Takes a batch in. Called in the engine's threads only, by several at once where there are several
+# workers; what it returns is asked by one at a time.
 Engine = Callable[[Sequence[Job]], Course]

@@ -8,6 +8,7 @@ It knows nothing about HTTP, threads or tensors; whoever sees an event calls the
 """
 
 import math
+import threading
 import time
 from bisect import bisect_right
 from collections import Counter as Tally
@@ -89,6 +90,7 @@ class Families:
         self.registry, self.most_layers, self.routes = registry, most_layers, routes
         self.outcomes: dict[tuple[str, str], Outcomes] = {}
         self.exit_counts: dict[tuple[str, str], list[int]] = {}
+        self.counting = threading.Lock()  # of what is not prometheus_client's
         self._made: dict[str, Counter | Gauge | Histogram] = {}
         _describe_process(registry)
 
@@ -229,7 +231,8 @@ class Metrics:
         )
         self._busy_s = self._child(
             self._counter(
-                "engine_busy_seconds_total", "Time spent on batches, whatever became of them"
+                "engine_busy_seconds_total",
+                "Time spent on batches, whatever became of them; a second is one of all workers",
             )
         )
         self._rebuilds = self._child(
@@ -330,7 +333,8 @@ class Metrics:
         """Texts that left together after a layer: why, and seconds since their batch was formed."""
         for reason, count in Tally(reason for reason, _ in exits).items():
             self._exits[layer, reason].inc(count)
-        self._exit_counts[layer - 1] += len(exits)
+        with self._families.counting:  # workers count at the same time
+            self._exit_counts[layer - 1] += len(exits)
         self._samples.inc(len(exits))
         self._saved.inc(len(exits) * (self._num_layers - layer))
         for _, inference_s in exits:

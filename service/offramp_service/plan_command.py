@@ -49,6 +49,7 @@ class Source:
     max_batch_texts: int
     points: tuple["Point", ...]  # its calibration, where it tells
     mean_tokens: float | None  # of the texts that it was measured with, where it tells
+    workers: int = 1  # that the costs are one of
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
             layer_seconds=source.costs,
             max_batch_tokens=source.max_batch_tokens,
             max_batch_texts=source.max_batch_texts,
+            workers=source.workers,
             price=prices.get(source.name),
             front_s=FRONT_S if args.front_ms is None else args.front_ms / 1000,
             front_text_s=FRONT_TEXT_S if args.front_ms is None else 0.0,
@@ -172,6 +174,7 @@ def _of_info(info: dict[str, Any], name: str | None) -> Source:
         ),
         max_batch_tokens=int(info["max_batch_tokens"]),
         max_batch_texts=int(info["max_batch_requests"]),
+        workers=int(info.get("engine_workers", 1)),
         points=tuple(
             Point(one["speedup"], one["accuracy"], tuple(one["exit_shares"]))
             for one in calibration["points"]

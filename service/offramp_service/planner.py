@@ -1,7 +1,8 @@
 """How many replicas a load needs: arithmetic over a cost table, exit shares and arrivals.
 
 The engine takes what waits the moment it is free, so a replica is a queue served in batches: what
-came while one batch ran is the next one, up to the most that a batch holds. Three steps:
+came while one batch ran is the next one, up to the most that a batch holds. Several workers are
+taken for as many such queues, among which requests are dealt out. Three steps:
 
 1. `Batches`: how long batches of every size take, and when whom of them leaves, from made-up
    batches of texts with the traffic's lengths and exits.
@@ -79,14 +80,15 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Machine:
-    """One replica on one kind of machine: seconds of a layer by live tokens, as measured, and how
-    much its engine takes at once."""
+    """One replica on one kind of machine: seconds of a layer by live tokens, as measured in one of
+    its engine's workers, and how much that takes at once."""
 
     name: str
     layer_seconds: Callable[[float], float]
     max_batch_tokens: int
     max_batch_texts: int
     price: float | None = None  # of one, in any unit
+    workers: int = 1  # batches that are computed at a time
     front_s: float = FRONT_S
     front_text_s: float = FRONT_TEXT_S
 
@@ -210,7 +212,8 @@ class Replica:
         shares = [share for _, share in traffic.texts]
         self._mean_front = sum(s * share for s, share in zip(self._front, shares, strict=True))
         most = self._batches.most
-        self.capacity = float(most / self._batches.mean[-1]) / traffic.mean_texts
+        each = float(most / self._batches.mean[-1]) / traffic.mean_texts
+        self.capacity = machine.workers * each
         by_front = FULL_FRONT / self._mean_front if self._mean_front else math.inf
         self.ceiling = min(self.capacity, by_front)
         self.forecast = lru_cache(maxsize=256)(self._forecast)
@@ -239,14 +242,15 @@ class Replica:
         overload = Forecast(rate, load, 1.0, front, batches.most, late, late, late, late)
         if load >= 1 or front >= 1:
             return overload
-        shares = waiting(batches, traffic.texts, rate)
+        each = rate / self.machine.workers
+        shares = waiting(batches, traffic.texts, each)
         if shares is None:
             return overload
         sizes = np.minimum(np.arange(len(shares)), batches.most)
         sizes[0] = 1  # whoever comes first; a request of several is a little more
         working = shares * batches.mean[sizes - 1]
-        cycle = working.sum() + shares[0] / rate
-        waits, seconds = self._latencies(rate, shares[0] / rate / cycle, working / working.sum())
+        cycle = working.sum() + shares[0] / each
+        waits, seconds = self._latencies(each, shares[0] / each / cycle, working / working.sum())
         p50, p95, p99 = (float(one) for one in np.percentile(seconds, (50, 95, 99)))
         return Forecast(
             rate=rate,
@@ -262,7 +266,7 @@ class Replica:
         )
 
     def _latencies(self, rate: float, idle: float, working: Floats) -> tuple[Floats, Floats]:
-        """How long requests that come at any moment wait for the engine, and until their answer.
+        """How long requests that come at any moment wait for their worker, and until their answer.
         `working` are the shares of the engine's busy time by how many waited when the batch that
         runs was formed."""
         draws, batches = np.random.default_rng(1), self._batches
@@ -270,7 +274,8 @@ class Replica:
         sizes, shares = zip(*self._traffic.texts, strict=True)
         kind = draws.choice(len(sizes), _REQUESTS, p=_exactly(shares))
         own = np.array(sizes)[kind]
-        found_idle = draws.random(_REQUESTS) < idle
+        workers = self.machine.workers
+        found_idle = draws.random(_REQUESTS) >= _all_busy(workers, 1 - idle)
 
         # The batch that runs: the longer, the likelier to be met. How far it has come is uniform.
         queue = draws.choice(len(working), _REQUESTS, p=working)
@@ -279,7 +284,7 @@ class Replica:
         runs = (
             (draws.random(_REQUESTS) > chances[:, size - 1]).sum(axis=0).clip(max=batches.count - 1)
         )
-        passed = draws.random(_REQUESTS)
+        passed = draws.random(_REQUESTS) ** (1 / workers)  # of the one that is done first
         whole = batches.seconds[runs, size - 1]
         before = np.maximum(queue - most, 0) + self._come(draws, rate, whole * passed)
         before[found_idle] = 0
@@ -290,7 +295,7 @@ class Replica:
         ahead = -(-place // most) - 1
         for turn in range(int(ahead.max())):
             full = batches.seconds[draws.integers(batches.count, size=_REQUESTS), -1]
-            wait += np.where(ahead > turn, full, 0.0)
+            wait += np.where(ahead > turn, full / workers, 0.0)
         place -= ahead * most
         together = np.minimum(place + self._come(draws, rate, wait), most)
         mine = np.minimum(own, place)
@@ -309,13 +314,24 @@ class Replica:
         return texts
 
     def _in_front(self, draws: np.random.Generator, rate: float, own: Floats) -> Floats:
-        """Seconds in the event loop: its own, and of those before it (an M/D/1 queue, whose tail is
-        exponential)."""
-        busy = rate * self._mean_front
+        """Seconds in the event loop, which all workers have in common, `rate` being that of one:
+        its own, and of those before it (an M/D/1 queue, whose tail is exponential)."""
+        busy = rate * self.machine.workers * self._mean_front
         if not busy:
             return own
         waits = draws.random(_REQUESTS) < busy
         return own + waits * draws.exponential(self._mean_front / (2 * (1 - busy)), _REQUESTS)
+
+
+def _all_busy(workers: int, busy: float) -> float:
+    """How often a newcomer finds no worker idle, each being busy for a share of the time (Erlang's
+    C formula, which takes no account of batches)."""
+    offered = workers * busy
+    terms = [1.0]
+    for number in range(1, workers + 1):
+        terms.append(terms[-1] * offered / number)
+    last = terms.pop() / max(1 - busy, 1e-9)
+    return last / (sum(terms) + last)
 
 
 def waiting(batches: Batches, texts: Mix, rate: float) -> Floats | None:

@@ -1,4 +1,4 @@
-"""A room: one model, ready to answer. Its engine and the thread that runs it, its queue, its doors'
+"""A room: one model, ready to answer. Its engine and the threads that run it, its queue, its doors'
 pipeline.
 
 A server has a room for each model that it serves; when a checkpoint is loaded anew, a new room is

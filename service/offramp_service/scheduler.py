@@ -40,9 +40,9 @@ and 256, this one had the shortest latencies under load on two cores (docs/resul
 LEAST_KNEE = 128
 """Tokens: with a knee of a few texts, the flat part is the price of a call, not an idle device."""
 SHADOW_TEXTS, SHADOW_TOKENS = 8, 256
-"""Of a shadow batch. A client's text that arrives while one runs has to wait for its stretch to the
-next exit (in the device lane: for all of it), which is why it is kept far below what the engine
-takes at once; a single longer text runs alone."""
+"""Of a shadow batch. Where there is one worker, a client's text that arrives while one runs has to
+wait for its stretch to the next exit (in the device lane: for all of it), which is why it is kept
+far below what the engine takes at once; a single longer text runs alone."""
 MOST_SHADOWS = 64
 """That wait. A server that is never idle drops the others, which costs precision and nobody's
 time."""
@@ -118,7 +118,8 @@ class Scheduler:
         self.groups: list[Group] = []
         self.shadows: deque[Job] = deque()  # that wait, in order of arrival
         self._shadow: Group | None = None  # under way; not among the groups, which never meet it
-        self._free_at = 0.0  # when what was started is expected to be done
+        # When what each worker has started is expected to be done.
+        self._free_at = [0.0] * plan.workers
         self._backlog = False
         self.learn(costs)
 
@@ -167,10 +168,13 @@ class Scheduler:
             return 0.0
         costs, plan = self.costs, self.plan
         place = place_of(jobs, now, costs)
-        running = max(0.0, self._free_at - now)
-        together = self.queue.seconds_before(place, jobs, costs, plan.max_batch_tokens)
+        work_s, tokens = self.queue.work_before(place, jobs, costs, plan.max_batch_tokens)
+        shares = -(-tokens // LEAST_SHARE)
         alone = max(job.controls.depth.mean * costs(job.tokens) for job in jobs)
-        return running + max(together / plan.workers, alone)
+        return max(
+            self._seconds_until_done(work_s, shares, now),
+            self._seconds_until_done(alone, 1, now),
+        )
 
     def seconds_until_room(self, now: float, *, texts: int = 0, tokens: int = 0) -> float | None:
         """How long until so many of the waiting texts and tokens are done with, if nobody else
@@ -178,11 +182,11 @@ class Scheduler:
         if self.costs is None:
             return None
         queue, budget = self.queue, self.plan.max_batch_tokens
-        running = max(0.0, self._free_at - now)
         if not queue:
-            return running
+            return self._seconds_until_done(0.0, 1, now)
         share = min(1.0, max(texts / len(queue), tokens / queue.tokens))
-        return running + share * queue.seconds_for_all(self.costs, budget) / self.plan.workers
+        work_s = share * queue.seconds_for_all(self.costs, budget)
+        return self._seconds_until_done(work_s, self.plan.workers, now)
 
     # -- what to do next ---------------------------------------------------------------------
 
@@ -195,24 +199,32 @@ class Scheduler:
             step.group.worker = worker
         # Noted here, because admission asks from another thread while groups change.
         if self.costs is not None:
-            shadow_s = self._until_shadow_stops(self.costs, step)
-            self._free_at = now + self._until_one_is_free(self.costs) + shadow_s
+            self._free_at = [now + seconds for seconds in self._seconds_begun(self.costs)]
         return step
 
-    def _until_one_is_free(self, costs: "StepTable") -> float:
-        """Seconds until the first worker has done all that it has begun."""
+    def _seconds_begun(self, costs: "StepTable") -> list[float]:
+        """How long each worker has to do with what it has begun."""
         left = [0.0] * self.plan.workers
         for group in self.groups:
             assert group.worker is not None  # only shadows stand aside
             left[group.worker] += expected_seconds(group.inside.values(), costs, group.layer)
-        return min(left)
+        shadow = self._shadow
+        if shadow is not None and shadow.worker is not None:
+            stretch_s = self._step_s(costs, shadow.tokens)
+            if not self._can_join:
+                stretch_s = expected_seconds(shadow.inside.values(), costs, shadow.layer)
+            left[shadow.worker] += stretch_s
+        return left
 
-    def _until_shadow_stops(self, costs: "StepTable", step: Step | None) -> float:
-        if step is None or not step.group.shadow:
-            return 0.0
-        if self._can_join:
-            return self._step_s(costs, step.group.tokens)
-        return expected_seconds(step.group.inside.values(), costs, step.group.layer)
+    def _seconds_until_done(self, work_s: float, shares: int, now: float) -> float:
+        """When so much work ends, shared out among as many workers, those who are free first."""
+        free = sorted(max(0.0, at - now) for at in self._free_at)
+        end = free[0] + work_s
+        for workers in range(2, min(shares, len(free)) + 1):
+            if end <= free[workers - 1]:
+                break
+            end = (sum(free[:workers]) + work_s) / workers
+        return end
 
     def _decide(self, now: float, worker: int) -> Step | None:
         mine = [group for group in self.groups if group.worker == worker]

@@ -210,7 +210,7 @@ class Settings(BaseSettings):
 
     # limits
     max_batch_tokens: Annotated[
-        PositiveInt, Field(description="tokens the engine takes at once")
+        PositiveInt, Field(description="tokens the engine takes at once, each worker so many")
     ] = 2048
     max_batch_requests: Annotated[
         PositiveInt | None,

@@ -42,7 +42,7 @@ class ShadowWatch:
     """Chooses texts at random, a share of `rate` of those that left because they were sure.
 
     At random and not by content: a text that comes often is to count as often. `full_depth` are
-    controls that never let a text leave early. Used in one thread.
+    controls that never let a text leave early. Any of the engine's threads may ask it.
     """
 
     def __init__(self, rate: float, full_depth: Controls, *, seed: int = 0) -> None:

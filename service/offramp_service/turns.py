@@ -1,9 +1,10 @@
-"""Turns on one device: of several models' engines, one computes at a time, and none goes short.
+"""Turns on one device: of several models' engines, one computes at a time, or as many threads as
+share the device, and none goes short.
 
 Each model has a thread of its own, or several of which each takes its share of the device; whoever
 has used it least is next (start-time fair queueing in seconds of use). A model that was idle for
-long has no claim to what it did not use. It knows threads and seconds, and nothing of what is
-computed.
+long has no claim to what it did not use. A second counts the same whatever the share: all models on
+a device have as many threads. It knows threads and seconds, and nothing of what is computed.
 """
 
 import threading

@@ -1,6 +1,6 @@
 """Probes: is the process alive, has it started, should it get traffic? They never touch a model.
 
-`/livez` fails only when a restart would help: the engine thread is gone or stuck. `/readyz` (and
+`/livez` fails only when a restart would help: an engine thread is gone or stuck. `/readyz` (and
 TEI's `/health` and `/ping`) is loaded, warm and not draining; `/startupz` is loaded and warm.
 """
 

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import random
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -600,6 +601,73 @@ async def test_a_worker_that_crashes_takes_nobody_elses_texts_along(
     batcher.close()
     await asyncio.to_thread(healthy.join, 10)
     assert not healthy.is_alive()
+
+
+async def test_what_another_worker_has_just_handed_out_is_not_lost(
+    make_batcher: MakeBatcher,
+) -> None:
+    """Its answer is on the way behind the news of a crash, as the event loop was busy."""
+    gate, entered = threading.Event(), threading.Event()
+
+    def engine(jobs: list[Job]):
+        entered.set()
+        assert gate.wait(20)
+        yield Left(4, len(jobs), [(index, fakes.answer_to(job)) for index, job in enumerate(jobs)])
+
+    batcher = make_batcher(engine, workers=2)
+    healthy = threading.Thread(target=batcher.serve, args=[1], daemon=True)
+    healthy.start()
+    inside = asyncio.create_task(fakes.ask(batcher, [fakes.job(2)]))
+    await until(entered.is_set)
+    crash = threading.Thread(target=batcher.let_go, args=[0], daemon=True)
+    crash.start()
+    gate.set()
+    while batcher.busy:
+        time.sleep(0.001)  # noqa: ASYNC251 - the loop is busy, and nothing posted is looked at
+    assert labels(await inside) == [2]
+    batcher.close()
+    for thread in (crash, healthy):
+        await asyncio.to_thread(thread.join, 10)
+        assert not thread.is_alive()
+
+
+async def test_a_worker_that_leaves_a_shadow_batch_to_another_is_idle(metrics: Metrics) -> None:
+    """Else an idle server would call itself stuck a minute later."""
+    gates = {True: threading.Semaphore(0), False: threading.Semaphore(0)}
+    in_shadow = threading.Event()
+
+    def engine(jobs: list[Job]):
+        answers = [(index, fakes.answer_to(job)) for index, job in enumerate(jobs)]
+        shadow = jobs[0].controls is FULL_DEPTH
+        if not shadow and jobs[0].ids[0] == 1:
+            yield Left(2, 1, [(0, fakes.answer_to(jobs[0], 2))])
+            return
+        for layer in (2, fakes.LAYERS) if shadow else (fakes.LAYERS,):
+            in_shadow.set()
+            assert gates[shadow].acquire(timeout=20)
+            yield Left(layer, len(jobs), answers if layer == fakes.LAYERS else [])
+
+    watch = ShadowWatch(1.0, FULL_DEPTH)
+    batcher = fakes.batcher_of(engine, metrics, workers=2, shadow=watch)
+    threads = [
+        threading.Thread(target=batcher.serve, args=[worker], daemon=True) for worker in (0, 1)
+    ]
+    for thread in threads:
+        thread.start()
+    await fakes.ask(batcher, [fakes.job(1)])  # leaves early, and is run again
+    await until(in_shadow.is_set)
+    second = asyncio.create_task(fakes.ask(batcher, [fakes.job(2)]))
+    await until(lambda: len(batcher.scheduler.groups) == 1)
+    gates[True].release()  # the stretch ends, and the batch stands aside
+    await until(lambda: len(batcher._busy_since) == 1)
+    gates[False].release()
+    await second
+    gates[True].release()  # whoever is done last runs it to its end
+    await until(lambda: not batcher.busy)
+    batcher.close()
+    for thread in threads:
+        await asyncio.to_thread(thread.join, 10)
+        assert not thread.is_alive()
 
 
 # -- second runs -----------------------------------------------------------------------------------

@@ -74,13 +74,14 @@ def test_what_stands_before_is_computed_in_full_batches() -> None:
     queue.add([job(tokens=100, layers=2)], 1.0)
     queue.add([job(tokens=100, layers=4)], 3.0)  # behind whoever starts by 2
     mine = [job(tokens=50, layers=4)]
-    needed = queue.seconds_before(2.0, mine, TABLE, budget=1000)
+    needed, tokens = queue.work_before(2.0, mine, TABLE, budget=1000)
     assert needed == pytest.approx((100 * 2 + 50 * 4) * TABLE(150) / 150)
+    assert tokens == 150
     # A table with a fixed price: small batches are dear by the token.
     steps = StepTable((10, 1000), (0.1, 0.1))
-    assert queue.seconds_before(2.0, mine, steps, 1000) == pytest.approx(400 * 0.1 / 150)
-    assert queue.seconds_before(2.0, mine, steps, budget=50) == pytest.approx(400 * 0.1 / 50)
-    assert queue.seconds_before(0.0, [], TABLE, 1000) == 0.0
+    assert queue.work_before(2.0, mine, steps, 1000)[0] == pytest.approx(400 * 0.1 / 150)
+    assert queue.work_before(2.0, mine, steps, budget=50)[0] == pytest.approx(400 * 0.1 / 50)
+    assert queue.work_before(0.0, [], TABLE, 1000) == (0.0, 0)
     assert queue.seconds_for_all(TABLE, 1000) == pytest.approx(600 * TABLE(200) / 200)
     assert JobQueue().seconds_for_all(TABLE, 1000) == 0.0
 

@@ -52,6 +52,14 @@ def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]
     return report
 
 
+def test_costs_of_one_of_several_workers(capsys: pytest.CaptureFixture[str], info: Path) -> None:
+    several = info.with_name("several.json")
+    several.write_text(json.dumps({**INFO, "engine_workers": 3}))
+    kinds = ["--costs", f"one={info}", "--costs", f"three={several}"]
+    one, three = asked(capsys, *ASK, *kinds, "--speedup", "1.2")["machines"]
+    assert three["capacity"] == pytest.approx(3 * one["capacity"])
+
+
 def test_a_plan_from_the_info_of_a_server(capsys: pytest.CaptureFixture[str], info: Path) -> None:
     report = asked(capsys, *ASK, "--costs", str(info), "--speedup", "1.2")
     (machine,) = report["machines"]

@@ -250,7 +250,8 @@ def simulated(
             for _ in range(rng.choices(sizes, of_sizes)[0])
         ]
     device = sim.Device(one.layer_seconds, tuple(range(1, len(inside) + 1)))
-    outcome = sim.Simulation(Plan(one.max_batch_tokens, one.max_batch_texts), device, texts).run()
+    limits = Plan(one.max_batch_tokens, one.max_batch_texts, one.workers)
+    outcome = sim.Simulation(limits, device, texts).run()
     ends: dict[int, float] = {}
     for place, took in outcome.answered.items():
         request = texts[place].request
@@ -282,9 +283,30 @@ def test_latencies_of_lists_are_the_schedulers() -> None:
     assert forecast.p99_s == pytest.approx(p99_s, rel=0.25)
 
 
+def test_several_workers_are_an_engine_that_is_so_many_times_as_large() -> None:
+    """And a text that meets nobody takes as long as with one."""
+    one, two = (Replica(machine(workers=number), traffic()) for number in (1, 2))
+    assert two.capacity == pytest.approx(2 * one.capacity)
+    assert two.forecast(1e-3).p50_s == pytest.approx(one.forecast(1e-3).p50_s, rel=0.01)
+    rate = 0.5 * one.capacity
+    assert two.forecast(2 * rate).busy == pytest.approx(one.forecast(rate).busy)
+    assert two.forecast(2 * rate).p99_s < one.forecast(rate).p99_s  # whoever is free takes it
+
+
+@pytest.mark.parametrize("exits", [EARLY, FULL])
+def test_latencies_with_two_workers_are_the_schedulers(exits: tuple[float, ...]) -> None:
+    one, what = machine(workers=2), traffic(exits)
+    replica = Replica(one, what)
+    forecast = replica.forecast(0.3 * replica.capacity)
+    p50_s, p99_s, _ = simulated(one, what, forecast.rate, 4000, ((1, 1.0),))
+    assert forecast.p50_s == pytest.approx(p50_s, rel=0.12)
+    assert forecast.p99_s == pytest.approx(p99_s, rel=0.12)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("table", sorted(TABLES))
-def test_replicas_are_within_a_fifth_of_the_schedulers(table: str) -> None:
-    one, what = machine(table), traffic()
+def test_replicas_are_within_a_fifth_of_the_schedulers(table: str, workers: int) -> None:
+    one, what = machine(table, workers=workers), traffic()
     replica = Replica(one, what)
     slo_s, rate = 3 * replica.forecast(1.0).p99_s, 20 * replica.capacity
     planned = plan(replica, rate=rate, slo_s=slo_s).replicas

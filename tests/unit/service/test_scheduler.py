@@ -359,7 +359,7 @@ def test_the_work_ahead_is_what_the_groups_still_have_to_run() -> None:
         assert step is not None
         under_way = sum(LAYERS - group.layer for group in it.groups) * 1e-3
         budget = it.plan.max_batch_tokens
-        queued = it.queue.seconds_before(1e9, asked, FLAT, budget)
+        queued, _ = it.queue.work_before(1e9, asked, FLAT, budget)
         assert it.seconds_until_answered(asked, 0.0) == pytest.approx(under_way + queued)
         leave(step.group, step.group.layer + 1, *list(step.group.inside)[:1])
         if step.group.layer == LAYERS:
@@ -526,11 +526,34 @@ def test_with_several_workers_a_text_waits_for_the_first_that_is_free() -> None:
     add(it, text(200))
     it.next_step(0.0, 1)
     assert it.seconds_until_answered([text(100)], 0.0) == pytest.approx(6 * LINEAR(200) + alone)
-    # Those that wait are computed by two; the last text needs its time all the same.
-    add(it, *(text(100) for _ in range(4)))
-    waiting = it.seconds_until_answered([text(100)], 0.0) - 6 * LINEAR(200)
-    assert waiting == pytest.approx(6 * LINEAR(500) / 2)
-    assert it.seconds_until_room(0.0, texts=4) == pytest.approx(6 * LINEAR(200) + 3 * LINEAR(400))
+    # Those that wait are computed by two, when the second is free as well.
+    begun = 6 * (LINEAR(200) + LINEAR(400))
+    add(it, text(100))
+    longer = 6 * LINEAR(200) + 6 * LINEAR(200)
+    assert it.seconds_until_answered([text(100)], 0.0) == pytest.approx(longer)
+    add(it, *(text(100) for _ in range(3)))
+    both = (begun + 6 * LINEAR(500)) / 2
+    assert it.seconds_until_answered([text(100)], 0.0) == pytest.approx(both)
+    assert it.seconds_until_room(0.0, texts=4) == pytest.approx((begun + 6 * LINEAR(400)) / 2)
+
+
+def test_what_is_not_torn_apart_is_not_expected_to_be() -> None:
+    it = scheduler(LINEAR, workers=2)
+    assert LEAST_SHARE >= 120
+    few = [text(30) for _ in range(4)]
+    assert it.seconds_until_answered(few, 0.0) == pytest.approx(6 * LINEAR(120))
+
+
+def test_a_client_need_not_wait_for_a_shadow_batch_where_another_worker_is_idle() -> None:
+    it = scheduler(FLAT, workers=2)
+    it.add_shadow(text(16))
+    shadow = it.next_step(0.0, 0)
+    assert shadow is not None
+    assert it.seconds_until_answered([text(16)], 0.0) == pytest.approx(6e-3)
+    # The other worker gets a client's text: the first to be free is the one with the shadow batch.
+    add(it, text(16))
+    it.next_step(0.0, 1)
+    assert it.seconds_until_answered([text(16)], 0.0) == pytest.approx(1e-3 + 6e-3)
 
 
 def test_a_shadow_batch_is_run_by_whoever_is_done_last() -> None:

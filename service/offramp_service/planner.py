@@ -275,7 +275,7 @@ class Replica:
         kind = draws.choice(len(sizes), _REQUESTS, p=_exactly(shares))
         own = np.array(sizes)[kind]
         workers = self.machine.workers
-        found_idle = draws.random(_REQUESTS) >= _all_busy(workers, 1 - idle)
+        found_idle = draws.random(_REQUESTS) < 1 - _all_busy(workers, 1 - idle)
 
         # The batch that runs: the longer, the likelier to be met. How far it has come is uniform.
         queue = draws.choice(len(working), _REQUESTS, p=working)

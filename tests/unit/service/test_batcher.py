@@ -566,23 +566,35 @@ async def test_a_second_of_the_engine_is_one_of_all_its_workers(metrics: Metrics
     assert batcher.load.layers_run == 4
 
 
-async def test_a_worker_that_crashes_takes_nobody_elses_texts_along(
-    make_batcher: MakeBatcher,
-) -> None:
-    gate, entered = threading.Event(), threading.Event()
+class HeldEngine:
+    """Computes batches once it is let to; a text with the number 1 brings its worker down."""
 
-    def engine(jobs: list[Job]):
+    def __init__(self) -> None:
+        self.gate, self.entered = threading.Event(), threading.Event()
+
+    def __call__(self, jobs: list[Job]):
         if jobs[0].ids[0] == 1:
             raise SystemExit
-        entered.set()
-        assert gate.wait(20)
+        self.entered.set()
+        assert self.gate.wait(20)
         yield Left(4, len(jobs), [(index, fakes.answer_to(job)) for index, job in enumerate(jobs)])
 
-    batcher = make_batcher(engine, workers=2)
+
+async def one_inside(batcher: Batcher, engine: HeldEngine) -> tuple[threading.Thread, asyncio.Task]:
+    """Worker 1 serves, and has the text with the number 2 in hands."""
     healthy = threading.Thread(target=batcher.serve, args=[1], daemon=True)
     healthy.start()
     inside = asyncio.create_task(fakes.ask(batcher, [fakes.job(2)]))
-    await until(entered.is_set)
+    await until(engine.entered.is_set)
+    return healthy, inside
+
+
+async def test_a_worker_that_crashes_takes_nobody_elses_texts_along(
+    make_batcher: MakeBatcher,
+) -> None:
+    engine = HeldEngine()
+    batcher = make_batcher(engine, workers=2)
+    healthy, inside = await one_inside(batcher, engine)
     doomed = asyncio.create_task(fakes.ask(batcher, [fakes.job(1)]))
     await asyncio.sleep(0)
     crashing = threading.Thread(target=_until_it_dies, args=[batcher])
@@ -595,7 +607,7 @@ async def test_a_worker_that_crashes_takes_nobody_elses_texts_along(
         await doomed
     assert not inside.done()
     assert not waiting.done()
-    gate.set()
+    engine.gate.set()
     assert labels(await inside) == [2]
     assert labels(await waiting) == [3]
     batcher.close()
@@ -607,21 +619,12 @@ async def test_what_another_worker_has_just_handed_out_is_not_lost(
     make_batcher: MakeBatcher,
 ) -> None:
     """Its answer is on the way behind the news of a crash, as the event loop was busy."""
-    gate, entered = threading.Event(), threading.Event()
-
-    def engine(jobs: list[Job]):
-        entered.set()
-        assert gate.wait(20)
-        yield Left(4, len(jobs), [(index, fakes.answer_to(job)) for index, job in enumerate(jobs)])
-
+    engine = HeldEngine()
     batcher = make_batcher(engine, workers=2)
-    healthy = threading.Thread(target=batcher.serve, args=[1], daemon=True)
-    healthy.start()
-    inside = asyncio.create_task(fakes.ask(batcher, [fakes.job(2)]))
-    await until(entered.is_set)
+    healthy, inside = await one_inside(batcher, engine)
     crash = threading.Thread(target=batcher.let_go, args=[0], daemon=True)
     crash.start()
-    gate.set()
+    engine.gate.set()
     while batcher.busy:
         time.sleep(0.001)  # noqa: ASYNC251 - the loop is busy, and nothing posted is looked at
     assert labels(await inside) == [2]

@@ -280,6 +280,8 @@ def test_is_scraped(stack: Stack) -> None:
 
 def test_an_alert_fires_and_resolves(stack: Stack) -> None:
     """The server hangs; whoever is on duty hears of it, and that it is over."""
+    # A replica that Prometheus has never seen is missed by nobody.
+    until(lambda: stack.series("offramp_ready == 1"), "is scraped")
     began = time.perf_counter()
     stack.docker("pause", stack.container("offramp")["Id"])
     try:

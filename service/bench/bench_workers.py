@@ -22,10 +22,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from bench_serve import machine
+from bench_serve import check_all_answered, machine
 
 from offramp_loadtest.arrivals import schedule
-from offramp_loadtest.generator import Load, Result, keep_in_flight, send_when_due
+from offramp_loadtest.generator import Load, keep_in_flight, send_when_due
 from offramp_loadtest.report import milliseconds
 from offramp_loadtest.server_process import ServerProcess, machine_cpu_s, serving
 from offramp_loadtest.texts import classify_requests
@@ -43,19 +43,15 @@ LONG = 300
 Figures = dict[str, Any]
 
 
-def answered(result: Result) -> int:
-    if failed := [one.status for one in result.outcomes if one.status != 200]:
-        raise SystemExit(f"{len(failed)} requests were answered with {sorted(set(failed))}")
-    return len(result.outcomes)
-
-
 def saturate(
     server: ServerProcess, texts: Sequence[str], speedup: float, batch: int, seconds: float
 ) -> Figures:
     requests = classify_requests(server.address, texts, batch=batch, speedup=speedup)
     load = Load(server.address, requests, max(2, IN_FLIGHT // max(1, batch)))
     began, began_cpu_s = time.perf_counter(), server.cpu_s()
-    count = answered(keep_in_flight(load, seconds)) * max(1, batch)
+    result = keep_in_flight(load, seconds)
+    check_all_answered(result)
+    count = len(result.outcomes) * max(1, batch)
     took_s = time.perf_counter() - began
     return {
         "rows_per_s": count / took_s,
@@ -74,7 +70,7 @@ def arrive(
     requests = classify_requests(server.address, texts, speedup=speedup)
     due = schedule(*how, seconds, seed)
     result = send_when_due(Load(server.address, requests, max_connections=512), due)
-    answered(result)
+    check_all_answered(result)
     return {
         "rate_due": how[1],
         "latency_ms": milliseconds([one.latency_s for one in result.outcomes]),

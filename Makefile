@@ -60,7 +60,7 @@ test-locust: $(INSTALLED) $(QUICKSTART)/offramp.json ## the locust file, in an e
 	$(BIN)/python tests/clients/locust_run.py $(QUICKSTART) --locust $(VENV)-locust/bin/locust
 
 test-ray: $(INSTALLED) $(QUICKSTART)/offramp.json ## Ray Serve on two simulated nodes, in an environment of its own (1.1 GB), on loopback only
-	test -x $(VENV)-ray/bin/ray || EXTRAS=serve,onnx,ray PYTHON=$(PYTHON) VENV=$(VENV)-ray sh scripts/install.sh
+	test -x $(VENV)-ray/bin/ray || EXTRAS=serve,torch,onnx,ray PYTHON=$(PYTHON) VENV=$(VENV)-ray sh scripts/install.sh
 	test -e $(QUICKSTART)-onnx/offramp.json || $(BIN)/offramp-train export $(QUICKSTART) --format onnx --output $(QUICKSTART)-onnx
 	rm -rf $(VENV)-ray/work && mkdir $(VENV)-ray/work
 	unshare --map-root-user --net sh -c 'ip link set lo up && exec $(VENV)-ray/bin/python \
